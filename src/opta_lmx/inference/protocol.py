@@ -1,0 +1,188 @@
+"""The frames server and worker speak over one socketpair: a 4-byte big-endian length, then msgpack.
+
+Both sides import this module and nothing else of each other. ``VERSION`` rises with any change of a frame's
+meaning; the worker's Hello carries it, and a mismatch ends the worker before it loads anything.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import msgspec
+
+from opta_lmx.types import (
+    CacheReport,
+    Delta,
+    LoadOptions,
+    ModelFacts,
+    Prompt,
+    SamplingParams,
+    Structured,
+)
+
+VERSION = 1
+
+# A frame past this is a broken peer, not a big request: the api room refuses bodies far smaller.
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+
+_LENGTH = struct.Struct(">I")
+
+
+class ProtocolError(Exception):
+    """The peer sent bytes that are not frames of this protocol."""
+
+
+# -- server to worker -----------------------------------------------------------------------------
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """Load the model in directory ``path``; answered by Ready or LoadError."""
+
+    model_id: str
+    path: str
+    options: LoadOptions
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    """Start request ``id`` (unique on this pipe); answered by Started or Refused, then Deltas."""
+
+    id: int
+    request_id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    structured: Structured | None = None
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Stop request ``id`` at the next step; answered by its final Delta unless it had ended already."""
+
+    id: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """End the process after the current step."""
+
+
+# -- worker to server -----------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First frame of a worker: its imports are done and it can take a Load."""
+
+    version: int
+    pid: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The model is loaded. ``load_seconds`` is the worker's own time from Load to here."""
+
+    facts: ModelFacts
+    load_seconds: float
+    footprint_bytes: int
+
+
+class LoadError(msgspec.Struct, frozen=True, tag="load_error"):
+    """The model could not be loaded; the worker ends after this frame."""
+
+    reason: str
+
+
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    """Request ``id`` has entered the batch. No refusal comes after this."""
+
+    id: int
+    prompt_tokens: int
+    cache: CacheReport
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """Request ``id`` was not taken. ``kind`` is a name from ``RefusalKind``; numbers are tokens."""
+
+    id: int
+    kind: str
+    message: str
+    param: str | None = None
+    prompt_tokens: int = 0
+    context_length: int = 0
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """Request ``id`` died inside a living worker after Started; nothing follows for this id."""
+
+    id: int
+    message: str
+
+
+class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
+    """Everything one step made, for all requests at once: (id, delta) pairs.
+
+    ``running`` and ``waiting`` are sequences after the step; ``steps`` counts since the load and is the
+    server's measure of progress.
+    """
+
+    steps: int
+    running: int
+    waiting: int
+    deltas: list[tuple[int, Delta]]
+
+
+class Idle(msgspec.Struct, frozen=True, tag="idle"):
+    """The worker has no work left; ``active_bytes`` is MLX's live memory, ``cache_bytes`` its prefix cache."""
+
+    steps: int
+    active_bytes: int
+    cache_bytes: int
+
+
+FromServer: TypeAlias = Load | Generate | Cancel | Stop
+FromWorker: TypeAlias = Hello | Ready | LoadError | Started | Refused | Failed | Step | Idle
+
+_encoder = msgspec.msgpack.Encoder()
+_from_server: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(frame: FromServer | FromWorker) -> bytes:
+    """One frame as bytes, length prefix included."""
+    body = _encoder.encode(frame)
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode_from_server(body: bytes | memoryview) -> FromServer:
+    """Raises ProtocolError if the body is no frame a server sends."""
+    try:
+        return _from_server.decode(body)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(str(error)) from error
+
+
+def decode_from_worker(body: bytes | memoryview) -> FromWorker:
+    """Raises ProtocolError if the body is no frame a worker sends."""
+    try:
+        return _from_worker.decode(body)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(str(error)) from error
+
+
+class FrameSplitter:
+    """Cuts a byte stream into frame bodies, whatever the sizes of the reads."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yields every complete body; raises ProtocolError at a length past MAX_FRAME_BYTES."""
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        while len(buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise ProtocolError(f"a frame of {length:,} bytes is over the limit of {MAX_FRAME_BYTES:,}")
+            end = start + _LENGTH.size + length
+            if len(buffer) < end:
+                break
+            yield bytes(buffer[start + _LENGTH.size : end])
+            start = end
+        if start:
+            del buffer[:start]

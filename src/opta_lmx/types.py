@@ -1,0 +1,246 @@
+"""The values every room speaks: requests, answers, model facts, and the protocols that join rooms.
+
+Layer 0: no HTTP, no process, no MLX. Structs cross the border to the worker (``inference/protocol.py``
+encodes them); dataclasses stay on their side of it. Sizes are bytes, times are seconds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import msgspec
+
+JsonObject: TypeAlias = dict[str, Any]
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. The api room maps it to each dialect's own word."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
+    """A conversation, rendered in the worker by the model's own chat template."""
+
+    messages: list[JsonObject]
+    tools: list[JsonObject] | None = None
+    template_kwargs: JsonObject = {}
+
+
+class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
+    """A raw prompt, tokenised as it stands (special tokens as the tokenizer adds them)."""
+
+    text: str
+
+
+class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
+    """A prompt already in the model's own token ids."""
+
+    token_ids: list[int]
+
+
+Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How one request is sampled. The defaults are OpenAI's; ranges are checked by the api room.
+
+    ``max_tokens`` None means up to the end of the context. ``logprobs`` None means none, 0 the chosen
+    token only, k the k most likely besides. Choice i of ``n`` is seeded with ``seed + i``.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
+
+
+class Structured(msgspec.Struct, frozen=True):
+    """A grammar the answer must follow. ``spec`` is a schema, a pattern, a list of choices or a Lark text."""
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+    spec: Any = None
+
+
+class GenerateRequest(msgspec.Struct, frozen=True):
+    """One accepted request, free of any dialect. ``model`` is the name the client used."""
+
+    request_id: str
+    model: str
+    prompt: Prompt
+    sampling: SamplingParams = SamplingParams()
+    structured: Structured | None = None
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability (natural) of one token; ``top`` holds the most likely alternatives, best first."""
+
+    token: str
+    logprob: float
+    raw: bytes
+    top: list["TokenLogprob"] = []
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """What one step added to one choice. ``text`` may be empty while a character or stop string is held back.
+
+    ``token_count`` counts the tokens the model made for it, the end-of-sequence token included.
+    """
+
+    choice: int
+    text: str
+    token_count: int
+    finish: FinishReason | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+class CacheReport(msgspec.Struct, frozen=True):
+    """How much of a prompt the prefix cache served, and why it stopped where it did."""
+
+    hit_tokens: int = 0
+    miss_at: int = 0
+    cause: str = "off"
+
+
+class ModelFacts(msgspec.Struct, frozen=True):
+    """What a worker knows of its model once loaded."""
+
+    model_type: str
+    context_length: int
+    vocab_size: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+    has_chat_template: bool
+    prefix_cache: str = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on disk, as the catalog found it without reading a tensor.
+
+    ``weights_bytes`` is the exact sum of the tensors in the safetensors headers (0 for a GGUF not imported
+    yet, whose ``size_bytes`` then stands for it). ``layers``, ``kv_heads`` and ``head_dim`` give the KV cache's
+    shape; None where config.json does not say.
+    """
+
+    id: str
+    path: Path
+    format: Literal["mlx", "gguf"]
+    size_bytes: int
+    weights_bytes: int
+    model_type: str | None
+    context_length: int | None
+    quantization: str | None
+    layers: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    created: int
+    verified: bool = False
+    problem: str | None = None
+
+
+class LoadOptions(msgspec.Struct, frozen=True):
+    """What the server decides about one worker before it starts."""
+
+    max_running: int = 32
+    prefill_chunk_tokens: int = 512
+    stall_bound_seconds: float = 0.25
+    prefix_cache_bytes: int = 0
+    context_length: int | None = None
+    memory_limit_bytes: int | None = None
+    kv_bits: int | None = None
+    echo: "EchoOptions | None" = None
+
+
+class EchoOptions(msgspec.Struct, frozen=True):
+    """Turns a worker into the echo backend: deterministic tokens, set speed, set failures; no MLX.
+
+    The ``*_at`` marks count generated tokens over the worker's life; None means never.
+    """
+
+    token_seconds: float = 0.0
+    load_seconds: float = 0.0
+    prefill_seconds_per_token: float = 0.0
+    context_length: int = 4096
+    fail_load: str | None = None
+    exit_at: int | None = None
+    hang_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExit:
+    """How a worker process ended. ``stderr_tail`` holds its last lines, already free of prompt text."""
+
+    pid: int
+    exit_code: int | None
+    stderr_tail: str
+    expected: bool
+
+
+class ModelState(StrEnum):
+    """absent -> loading -> ready -> stopping -> absent; failed keeps its reason until the next load."""
+
+    ABSENT = "absent"
+    LOADING = "loading"
+    READY = "ready"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+class Worker(Protocol):
+    """A loaded model's process, as the residency sees it."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def facts(self) -> ModelFacts: ...
+    async def stop(self, grace_seconds: float) -> None:
+        """End the process (ask, signal, kill); returns once it has been reaped. Safe to call twice."""
+        ...
+
+
+class SpawnWorker(Protocol):
+    """Starts a worker and waits until its model is loaded.
+
+    Raises LoadFailed or WorkerLost, and leaves no process behind when it does. ``on_exit`` is called once, on
+    the event loop, when a worker that had been returned has ended, whoever ended it.
+    """
+
+    async def __call__(
+        self, model: ModelFiles, options: LoadOptions, on_exit: Callable[[WorkerExit], None]
+    ) -> Worker: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReading:
+    """One look at the machine. ``used_bytes`` is what the system does not report as available.
+
+    ``working_set_bytes`` is Metal's recommended working set, None where there is no Metal.
+    """
+
+    total_bytes: int
+    used_bytes: int
+    working_set_bytes: int | None
+    at: float
+
+
+class MemoryProbe(Protocol):
+    """Reads the machine's memory: psutil in production, a script in tests."""
+
+    def read(self) -> MemoryReading: ...
