@@ -113,7 +113,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
-class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
+class Step(msgspec.Struct, frozen=True, tag="step"):
     """Everything one step made, for all requests at once: (id, delta) pairs.
 
     ``running`` and ``waiting`` are sequences after the step; ``steps`` counts since the load and is the
