@@ -135,7 +135,7 @@ class ModelFiles:
     """A model on disk, as the catalog found it without reading a tensor.
 
     ``weights_bytes`` is the exact sum of the tensors in the safetensors headers (0 for a GGUF not imported
-    yet, whose ``size_bytes`` then stands for it). ``layers``, ``kv_heads`` and ``head_dim`` give the KV cache's
+    yet, whose ``size_bytes`` then stands for it). ``problem`` says why it cannot be loaded. ``layers``, ``kv_heads`` and ``head_dim`` give the KV cache's
     shape; None where config.json does not say.
     """
 
@@ -153,6 +153,7 @@ class ModelFiles:
     created: int
     verified: bool = False
     problem: str | None = None
+    echo: "EchoOptions | None" = None
 
 
 class LoadOptions(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ meaning; the worker's Hello carries it, and a mismatch ends the worker before it
 
 import struct
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -96,12 +96,13 @@ class Started(msgspec.Struct, frozen=True, tag="started"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """Request ``id`` was not taken. ``kind`` is a name from ``RefusalKind``; numbers are tokens."""
+    """Request ``id`` was not taken: the parts of the RequestRejected that says why. Numbers are tokens."""
 
     id: int
-    kind: str
+    kind: Literal["context", "unsupported", "invalid"]
     message: str
     param: str | None = None
+    code: str | None = None
     prompt_tokens: int = 0
     context_length: int = 0
 

@@ -1,0 +1,155 @@
+"""The admin API's JSON shapes. Requests with unknown keys are refused: an operator's typo must not pass unseen.
+
+``_gb`` fields are GiB rounded to 0.1, for people; ``_bytes`` fields are exact. ``*_at`` are seconds since 1970.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from opta_lmx.types import ModelState
+
+_GIB = 1024**3
+
+
+def to_gib(size_bytes: int) -> float:
+    """A size as people read it."""
+    return round(size_bytes / _GIB, 1)
+
+
+class Wire(BaseModel):
+    """A JSON object of the admin API."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+
+class ModelRequest(Wire):
+    """Which model to load or unload."""
+
+    model_id: Annotated[str, Field(min_length=1, max_length=512, examples=["smollm2-135m-instruct"])]
+
+
+class Health(Wire):
+    """The server process lives; ``reason`` says what is wrong with it if it is degraded."""
+
+    status: Literal["ok", "degraded"]
+    version: str
+    reason: str | None = None
+
+
+class Ready(Wire):
+    """A request would be served now."""
+
+    status: Literal["ready"] = "ready"
+
+
+class LoadedModel(Wire):
+    """A model in memory, on its way in or out, or kept out of it by a failure that ``reason`` names."""
+
+    id: str
+    state: ModelState
+    memory_bytes: int
+    loaded_at: float | None
+    last_used_at: float | None
+    request_count: int
+    pinned: bool
+    leases: int
+    ttl: float | None
+    reason: str | None
+
+
+class LoadedModels(Wire):
+    """The answer of GET /admin/models."""
+
+    models: list[LoadedModel]
+
+
+class AvailableModel(Wire):
+    """A model on disk; ``problem`` says why it cannot be used, if it cannot."""
+
+    id: str
+    path: str
+    size_bytes: int
+    format: Literal["mlx", "gguf"]
+    quantization: str | None
+    context_length: int | None
+    verified: bool
+    problem: str | None
+
+
+class AvailableModels(Wire):
+    """The answer of GET /admin/models/available."""
+
+    models: list[AvailableModel]
+
+
+class Loaded(Wire):
+    """The answer to a load, once the model is ready."""
+
+    success: Literal[True] = True
+    model_id: str
+    memory_after_load_gb: float
+    time_to_load_ms: float
+
+
+class Unloaded(Wire):
+    """The answer to an unload, once the process has gone."""
+
+    success: Literal[True] = True
+    model_id: str
+    memory_freed_gb: float
+
+
+class Ledger(Wire):
+    """Where the memory is, in bytes.
+
+    ``weights`` and ``kv_reserved`` are those of models in memory, ``reservations`` everything promised and not yet in
+    use, ``other_processes`` what is used by neither.
+    """
+
+    total_bytes: int
+    used_bytes: int
+    limit_bytes: int
+    limited_by: str
+    free_bytes: int
+    weights_bytes: int
+    kv_reserved_bytes: int
+    prefix_cache_bytes: int
+    reservations_bytes: int
+    other_processes_bytes: int
+
+
+class Memory(Wire):
+    """The machine's memory and the cap on it."""
+
+    total_gb: float
+    used_gb: float
+    available_gb: float
+    limit_gb: float
+    threshold_percent: int
+    ledger: Ledger
+
+
+class ModelStatus(Wire):
+    """A model and what it does now; ``reason`` says why it is not in memory where that was not asked for."""
+
+    id: str
+    state: ModelState
+    pid: int | None
+    memory_bytes: int
+    requests_running: int
+    requests_waiting: int
+    restarts: int
+    reason: str | None
+
+
+class Status(Wire):
+    """The server at a glance."""
+
+    version: str
+    uptime_seconds: float
+    draining: bool
+    requests_running: int
+    requests_waiting: int
+    models: list[ModelStatus]
+    memory: Memory

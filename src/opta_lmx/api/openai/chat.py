@@ -1,0 +1,217 @@
+"""POST /v1/chat/completions: from OpenAI's request to a GenerateRequest, and the generation back, whole or streamed."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from opta_lmx.api.disconnect import generating
+from opta_lmx.api.openai.answer import AnswerHead, ChatAnswer, ChatChunks
+from opta_lmx.api.openai.messages import to_template_messages
+from opta_lmx.api.openai.wire import ChatCompletion, ChatRequest
+from opta_lmx.api.openapi import request_body
+from opta_lmx.api.parsing import read_object
+from opta_lmx.api.services import Services
+from opta_lmx.api.sse import EventStream, cache_header
+from opta_lmx.api.validation import validate, wrong_value
+from opta_lmx.errors import InvalidRequest, UnsupportedParameter
+from opta_lmx.inference.engine import Generation
+from opta_lmx.types import ChatPrompt, GenerateRequest, JsonObject, SamplingParams
+
+router = APIRouter()
+
+# Wire fields that are sampling parameters under the same name and meaning.
+_SAME: Final = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "seed",
+    "n",
+    "frequency_penalty",
+    "presence_penalty",
+    "min_tokens",
+    "ignore_eos",
+)
+
+# Not variables of a template but arguments of the function that renders one: a client must not choose the template
+# itself (it is code), nor what is done with its text.
+_NOT_VARIABLES: Final = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+
+
+@router.post(
+    "/v1/chat/completions",
+    tags=["OpenAI"],
+    responses={200: {"model": ChatCompletion, "content": {"text/event-stream": {}}}},
+    openapi_extra=request_body(ChatRequest),
+)
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation, whole or (`stream: true`) as server-sent events."""
+    body = await read_object(request)
+    # OpenAI answers this one case in its own words, and before it looks at anything else.
+    if not body.get("model"):
+        raise InvalidRequest("you must provide a model parameter")
+    chat = validate(ChatRequest, body)
+    wanted = to_generate_request(chat, request.state.request_id)
+    services: Services = request.app.state.services
+    answer = ChatFormat(_head(chat, request), logprobs=bool(chat.logprobs), include_usage=_include_usage(chat))
+    if chat.stream:
+        return EventStream(services.engine, wanted, answer.chunks)
+    async with generating(services.engine, wanted, request.receive) as generation:
+        whole = answer.whole(generation)
+        async for deltas in generation:
+            whole.add(deltas)
+    content = whole.completion().model_dump_json(exclude=_absent(chat))
+    return Response(content, headers=cache_header(generation.cache), media_type="application/json")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """How this request wants its generation written."""
+
+    head: AnswerHead
+    logprobs: bool
+    include_usage: bool
+
+    def whole(self, generation: Generation) -> ChatAnswer:
+        """A collector for the answer as one object."""
+        return ChatAnswer(self.head, generation, logprobs=self.logprobs)
+
+    def chunks(self, generation: Generation) -> ChatChunks:
+        """A writer for the answer as events."""
+        return ChatChunks(self.head, generation, include_usage=self.include_usage, logprobs=self.logprobs)
+
+
+def to_generate_request(chat: ChatRequest, request_id: str) -> GenerateRequest:
+    """The request without OpenAI; raises InvalidRequest or UnsupportedParameter naming what cannot be honoured."""
+    _refuse_unsupported(chat)
+    return GenerateRequest(
+        request_id=request_id,
+        model=chat.model,
+        prompt=ChatPrompt(to_template_messages(chat.messages), template_kwargs=_template_kwargs(chat)),
+        sampling=_sampling(chat),
+    )
+
+
+def _refuse_unsupported(chat: ChatRequest) -> None:
+    """What is understood but not served: tool calls, output that is not text, structured output."""
+    for name, choice in (("tools", chat.tool_choice), ("functions", chat.function_call)):
+        if getattr(chat, name) and choice != "none":
+            raise UnsupportedParameter(f"{name!r} is not supported.", param=name)
+    for name in ("tool_choice", "function_call"):
+        if getattr(chat, name) not in (None, "none", "auto"):
+            raise UnsupportedParameter(f"{name!r} is not supported.", param=name)
+    if chat.response_format is not None and chat.response_format.type != "text":
+        raise UnsupportedParameter("Only the response_format 'text' is supported.", param="response_format")
+    for modality in chat.modalities or ():
+        if modality not in ("text", "audio"):
+            raise wrong_value("modalities", modality, "'text' and 'audio'")
+        if modality == "audio":
+            raise UnsupportedParameter("Audio output is not supported.", param="modalities")
+    if chat.audio is not None:
+        raise UnsupportedParameter("Audio output is not supported.", param="audio")
+
+
+def _sampling(chat: ChatRequest) -> SamplingParams:
+    given: dict[str, Any] = {name: value for name in _SAME if (value := getattr(chat, name)) is not None}
+    max_tokens = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
+    if max_tokens is not None:
+        given["max_tokens"] = max_tokens
+    if (chat.min_tokens or 0) > (max_tokens or chat.min_tokens or 0):
+        raise InvalidRequest(
+            f"Invalid 'min_tokens': expected at most the {max_tokens} tokens of 'max_tokens'.",
+            param="min_tokens",
+            code="invalid_value",
+        )
+    if chat.top_k is not None:
+        # Both 0 and -1 are in use for "all tokens".
+        given["top_k"] = max(chat.top_k, 0)
+    penalty = chat.repetition_penalty if chat.repetition_penalty is not None else chat.repeat_penalty
+    if penalty is not None:
+        given["repetition_penalty"] = penalty
+    if chat.stop is not None:
+        given["stop"] = (chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop)
+    return SamplingParams(
+        **given,
+        stop_token_ids=tuple(chat.stop_token_ids or ()),
+        logit_bias=_logit_bias(chat.logit_bias or {}),
+        logprobs=_logprobs(chat),
+    )
+
+
+def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
+    for token in bias:
+        # The bound keeps int() linear; no vocabulary comes near it.
+        if not (token.isascii() and token.isdigit() and len(token) <= 9):
+            raise InvalidRequest(
+                "Invalid key in 'logit_bias': expected token ids, written as strings of digits.",
+                param="logit_bias",
+                code="invalid_value",
+            )
+    return {int(token): value for token, value in bias.items()}
+
+
+def _logprobs(chat: ChatRequest) -> int | None:
+    if chat.logprobs:
+        return chat.top_logprobs or 0
+    if chat.top_logprobs:
+        raise InvalidRequest(
+            "The 'top_logprobs' parameter is only allowed when 'logprobs' is true.",
+            param="top_logprobs",
+            code="invalid_value",
+        )
+    return None
+
+
+def _template_kwargs(chat: ChatRequest) -> JsonObject:
+    given = chat.chat_template_kwargs or {}
+    for name in given:
+        if name in _NOT_VARIABLES:
+            param = f"chat_template_kwargs.{name}"
+            raise UnsupportedParameter(f"{name!r} cannot be set by a request.", param=param)
+    return given if chat.reasoning_effort is None else {"reasoning_effort": chat.reasoning_effort, **given}
+
+
+def _include_usage(chat: ChatRequest) -> bool:
+    if chat.stream_options is None:
+        return False
+    if not chat.stream:
+        raise InvalidRequest(
+            "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+            param="stream_options",
+            code="invalid_value",
+        )
+    return bool(chat.stream_options.include_usage)
+
+
+def _head(chat: ChatRequest, request: Request) -> AnswerHead:
+    return AnswerHead(
+        id=f"chatcmpl-{request.app.state.new_id()}",
+        created=int(request.app.state.wall()),
+        choices=chat.n or SamplingParams().n,
+        # The one tier there is.
+        service_tier=None if chat.service_tier is None else "default",
+        metadata=chat.metadata,
+    )
+
+
+def _absent(chat: ChatRequest) -> set[str]:
+    """Keys of the answer that only echo what was sent, where it was not."""
+    return {name for name in ("service_tier", "metadata") if getattr(chat, name) is None}

@@ -1,0 +1,48 @@
+"""OpenAI's messages, brought into the one form that chat templates take: a role, a text, and what else there was."""
+
+from collections.abc import Sequence
+
+from opta_lmx.api.openai.wire import ContentPart, Message
+from opta_lmx.api.validation import missing, wrong_value
+from opta_lmx.errors import UnsupportedParameter
+from opta_lmx.types import JsonObject
+
+# Parts that a text model cannot read; all are OpenAI's but the video.
+_MEDIA = {"image_url": "images", "input_audio": "audio", "file": "files", "video_url": "videos"}
+
+
+def to_template_messages(messages: Sequence[Message]) -> list[JsonObject]:
+    """One dict for each message, ``content`` always a string, ``developer`` turned into ``system``, nulls left out.
+
+    Raises InvalidRequest for a missing or unknown part of a message, UnsupportedParameter for images, audio and files.
+    """
+    return [_to_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _to_template_message(message: Message, param: str) -> JsonObject:
+    # An assistant's turn may hold only tool calls or reasoning; every other role speaks or is not there.
+    if message.content is None and message.role != "assistant":
+        raise missing(f"{param}.content")
+    if message.role == "tool" and message.tool_call_id is None:
+        raise missing(f"{param}.tool_call_id")
+    if message.role == "function" and message.name is None:
+        raise missing(f"{param}.name")
+    if isinstance(message.content, list):
+        # As vLLM and llama.cpp join them: parts are paragraphs, not fragments of a word.
+        text = "\n".join(_text_of(part, f"{param}.content[{index}]") for index, part in enumerate(message.content))
+    else:
+        text = message.content or ""
+    role = "system" if message.role == "developer" else message.role
+    rest = message.model_dump(exclude={"role", "content"}, exclude_none=True)
+    return {"role": role, "content": text, **rest}
+
+
+def _text_of(part: ContentPart, param: str) -> str:
+    if part.type in _MEDIA:
+        raise UnsupportedParameter(f"This model reads text only and takes no {_MEDIA[part.type]}.", param=param)
+    if part.type not in ("text", "refusal"):
+        raise wrong_value(f"{param}.type", part.type, "'text', 'refusal', 'image_url', 'input_audio' and 'file'")
+    text = part.text if part.type == "text" else part.refusal
+    if text is None:
+        raise missing(f"{param}.{part.type}")
+    return text

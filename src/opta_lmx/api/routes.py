@@ -1,0 +1,116 @@
+"""The ASGI application: every route, what each request passes on its way, and what its errors look like."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Lifespan
+
+from opta_lmx import __version__
+from opta_lmx.api.admin import models as admin_models
+from opta_lmx.api.admin import status as admin_status
+from opta_lmx.api.admin.wire import ModelRequest
+from opta_lmx.api.auth import KeyCheck
+from opta_lmx.api.errors import UnknownRoute, WrongMethod, error_response
+from opta_lmx.api.middleware import RequestIds
+from opta_lmx.api.openai import chat, models
+from opta_lmx.api.openai.wire import ChatRequest
+from opta_lmx.api.openapi import ERRORS, describe
+from opta_lmx.api.services import Services
+from opta_lmx.config import Config
+from opta_lmx.errors import LmxError
+from opta_lmx.monitoring.logging import get_logger
+
+_log = get_logger(__name__)
+
+
+def build_app(
+    services: Services,
+    lifespan: Lifespan[FastAPI] | None = None,
+    *,
+    new_id: Callable[[], str] = lambda: uuid4().hex,
+    wall: Callable[[], float] = time.time,
+) -> FastAPI:
+    """The application over ``services``, which hang on ``app.state``; ``wall`` (seconds) dates answers."""
+    docs = services.config.server.docs
+    app = FastAPI(
+        title="Opta-LMX",
+        version=__version__,
+        description="Local inference with the OpenAI API, and its administration.",
+        docs_url="/docs" if docs else None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if docs else None,
+        # A redirect would turn a POST to a misspelt path into a GET.
+        redirect_slashes=False,
+        responses=ERRORS,
+        lifespan=lifespan,
+        # Whatever the environment says: nothing about requests leaves this process.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
+    app.state.services = services
+    app.state.new_id = new_id
+    app.state.wall = wall
+    for router in (chat.router, models.router, admin_status.router, admin_models.router):
+        app.include_router(router)
+    describe(app, [ChatRequest, ModelRequest])
+    _handle_errors(app)
+    _add_middleware(app, services.config, new_id)
+    return app
+
+
+def _add_middleware(app: FastAPI, config: Config, new_id: Callable[[], str]) -> None:
+    """From the inside out: a preflight needs no key, and every answer has an id."""
+    app.add_middleware(KeyCheck, security=config.security)
+    if config.server.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.server.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-lmx-cache", "retry-after"],
+        )
+    app.add_middleware(RequestIds, new_id=new_id)
+
+
+def _handle_errors(app: FastAPI) -> None:
+    handlers: dict[type[Exception], Callable[[Request, Any], Any]] = {
+        LmxError: _answer_error,
+        HTTPException: _answer_routing_error,
+        ClientDisconnect: _answer_nobody,
+        Exception: _answer_bug,
+    }
+    for exception, handler in handlers.items():
+        app.add_exception_handler(exception, handler)
+
+
+async def _answer_error(_request: Request, error: LmxError) -> Response:
+    return error_response(error)
+
+
+async def _answer_routing_error(request: Request, error: HTTPException) -> Response:
+    """The only two that the router raises."""
+    allowed = (error.headers or {}).get("Allow")
+    if allowed is not None:
+        return error_response(WrongMethod(allowed))
+    return error_response(UnknownRoute(request.method, request.scope["path"]))
+
+
+async def _answer_nobody(_request: Request, _error: ClientDisconnect) -> Response:
+    # nginx's number for it. No client sees this; it keeps a departure from being taken for a fault.
+    return Response(status_code=499)
+
+
+async def _answer_bug(request: Request, error: Exception) -> Response:
+    """The error itself goes on to the server's log; the client learns where to look."""
+    request_id = request.state.request_id
+    _log.error("request_crashed", request_id=request_id, path=request.scope["path"], error=type(error).__name__)
+    response = error_response(error)
+    # This answer passes none of the middleware.
+    response.headers["x-request-id"] = request_id
+    return response

@@ -1,0 +1,22 @@
+"""What the routes are given: the rooms below, and nothing of how they were wired."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from opta_lmx.config import Config
+from opta_lmx.inference.engine import InferenceEngine
+from opta_lmx.manager.memory import MemoryMonitor
+from opta_lmx.manager.model import ModelManager
+from opta_lmx.manager.residency import Residency
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Hangs on ``app.state.services``; ``uptime`` gives seconds since the start."""
+
+    config: Config
+    engine: InferenceEngine
+    models: ModelManager
+    residency: Residency
+    memory: MemoryMonitor
+    uptime: Callable[[], float]

@@ -1,0 +1,152 @@
+"""InferenceEngine: the front door. A request comes in free of any dialect; a Generation goes out.
+
+``open`` raises every refusal before the first byte. After it the caller holds a Generation, which ends with the last
+choice's finish, with one error, or with ``aclose``; slot and lease come back when the worker is done with the request,
+not when the caller stops listening.
+"""
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+
+from opta_lmx.config import Config
+from opta_lmx.errors import Draining, WorkerLost
+from opta_lmx.inference.admission import Admission, Slot
+from opta_lmx.inference.worker_client import WorkerClient, WorkerStream
+from opta_lmx.manager.model import ModelManager
+from opta_lmx.manager.residency import Lease, LoadResult, Residency, UnloadResult
+from opta_lmx.monitoring.logging import get_logger
+from opta_lmx.router.resolve import resolve
+from opta_lmx.types import CacheReport, Delta, GenerateRequest, ModelFiles
+
+# A request that was in two workers when they died is likelier to be the cause than the victim.
+_STARTS = 2
+
+_log = get_logger("engine")
+
+
+class Generation:
+    """One request under way: iterate for lists of deltas, everything that has arrived since the last look."""
+
+    def __init__(self, request_id: str, model_id: str, stream: WorkerStream) -> None:
+        self.request_id = request_id
+        self.model_id = model_id
+        self._stream = stream
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt as the model saw them, special ones included."""
+        return self._stream.prompt_tokens
+
+    @property
+    def cache(self) -> CacheReport:
+        """What the prefix cache served."""
+        return self._stream.cache
+
+    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        """Raises WorkerLost or GenerationFailed; ends after the last choice's last delta."""
+        while True:
+            await self._stream.arrived()
+            deltas = self._stream.take()
+            if not deltas:
+                return
+            yield deltas
+
+    async def aclose(self) -> None:
+        """Let the request go, if it has not ended; safe at any moment, any number of times."""
+        self._stream.cancel()
+
+
+class InferenceEngine:
+    """Resolves names, admits requests, leases models and starts generations."""
+
+    def __init__(
+        self,
+        config: Config,
+        models: ModelManager,
+        residency: Residency,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._models = models
+        self._residency = residency
+        self._now = now
+        self._admissions: dict[str, Admission] = {}
+        self.draining = False
+
+    async def open(self, request: GenerateRequest) -> Generation:
+        """Start a request and wait for its first token. Raises any LmxError; then nothing is held."""
+        model_id = self._admit_name(request.model)
+        slot = await self._admission(model_id).enter()
+        try:
+            files = await self._models.ensure_local(model_id)
+            stream = await self._start(request, files, slot)
+        except BaseException:
+            slot.release()
+            raise
+        return Generation(request.request_id, model_id, stream)
+
+    async def load_model(self, name: str) -> LoadResult:
+        """Have a model in memory; joins a load in flight. Raises as a request for it would."""
+        files = await self._models.ensure_local(self._admit_name(name))
+        return await self._residency.load(files)
+
+    async def unload_model(self, name: str) -> UnloadResult:
+        """End a model's process once its requests have ended. Raises Conflict if it is not loaded."""
+        return await self._residency.unload(self.resolve(name))
+
+    def resolve(self, name: str) -> str:
+        """The model id behind a name; raises ModelNotFound with the nearest names."""
+        models = self._config.models
+        known = [files.id for files in self._models.list_available()]
+        return resolve(name, known, models.aliases, {id: preset.model for id, preset in models.presets.items()})
+
+    def queue_depths(self) -> Mapping[str, tuple[int, int]]:
+        """Requests (running, waiting) of each model that has any history."""
+        return {model_id: admission.depths() for model_id, admission in self._admissions.items()}
+
+    def _admit_name(self, name: str) -> str:
+        if self.draining:
+            raise Draining("The server is shutting down.", retry_after_seconds=5.0)
+        return self.resolve(name)
+
+    def _admission(self, model_id: str) -> Admission:
+        admission = self._admissions.get(model_id)
+        if admission is None:
+            bounds = self._config.scheduling
+            admission = Admission(model_id, bounds.max_running, bounds.max_waiting, now=self._now)
+            self._admissions[model_id] = admission
+        return admission
+
+    async def _start(self, request: GenerateRequest, files: ModelFiles, slot: Slot) -> WorkerStream:
+        """Lease, send, wait for the first token; once more if the worker dies before it."""
+        starts = 0
+        while True:
+            lease = await self._residency.lease(files)
+            starts += 1
+            try:
+                stream = await self._first_token(request, lease)
+            except WorkerLost as error:
+                _log.warning("request_start_lost", request_id=request.request_id, model=files.id, cause=error.cause)
+                if starts == _STARTS:
+                    raise
+                continue
+            if stream.ended:
+                slot.release()
+            else:
+                stream.then(slot.release)
+            return stream
+
+    async def _first_token(self, request: GenerateRequest, lease: Lease) -> WorkerStream:
+        worker = lease.worker
+        assert isinstance(worker, WorkerClient)
+        try:
+            stream = worker.generate(request, lease.release)
+        except WorkerLost:
+            lease.release()
+            raise
+        try:
+            await stream.arrived()
+        except BaseException:
+            stream.cancel()
+            raise
+        return stream

@@ -1,0 +1,163 @@
+"""The worker process: ``python -m opta_lmx.inference.worker --fd N [--echo]``, started by ``worker_client``.
+
+The reader thread blocks on the socket, prepares requests and fills the inbox. The main thread owns the backend:
+it loads, then loops over inbox, step, frame. The socket is the lifeline: at its end the process ends at once, whatever
+the main thread is doing.
+"""
+
+import argparse
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+
+from opta_lmx.errors import ContextTooLong, LoadFailed, RequestRejected
+from opta_lmx.inference import protocol
+from opta_lmx.inference.worker.backend import Backend, Prepared
+
+_READ_BYTES = 1 << 16
+
+Inbox = queue.SimpleQueue[protocol.Load | Prepared | protocol.Cancel | protocol.Stop]
+
+
+class Pipe:
+    """The socket to the server. Frames may be sent from both threads."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._lock = threading.Lock()
+        self._splitter = protocol.FrameSplitter()
+
+    def send(self, *frames: protocol.FromWorker) -> None:
+        """Write frames in order; a server that has gone ends the process."""
+        data = b"".join(map(protocol.encode, frames))
+        with self._lock:
+            try:
+                self._socket.sendall(data)
+            except OSError:
+                leave(0)
+
+    def receive(self) -> list[protocol.FromServer]:
+        """Block for the next frames; end of file ends the process."""
+        try:
+            data = self._socket.recv(_READ_BYTES)
+        except OSError:
+            data = b""
+        if not data:
+            leave(0)
+        return [protocol.decode_from_server(body) for body in self._splitter.feed(data)]
+
+
+class Worker:
+    """One backend between inbox and pipe."""
+
+    def __init__(self, pipe: Pipe, backend: Backend) -> None:
+        self._pipe = pipe
+        self._backend = backend
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._steps = 0
+
+    def read_forever(self) -> None:
+        """The reader thread. A frame it cannot read means a server it does not understand: the process ends."""
+        while True:
+            for frame in self._pipe.receive():
+                if isinstance(frame, protocol.Generate):
+                    self._prepare(frame)
+                else:
+                    self._inbox.put(frame)
+
+    def run(self) -> None:
+        """The owner thread: load once, then serve until Stop."""
+        frame = self._inbox.get()
+        if not isinstance(frame, protocol.Load) or not self._load(frame):
+            return
+        while self._drain():
+            result = self._backend.step()
+            self._steps += 1
+            running, waiting = self._backend.running()
+            frames: list[protocol.FromWorker] = [*result.started, *result.failed]
+            if result.deltas:
+                frames.append(protocol.Step(self._steps, running, waiting, list(result.deltas)))
+            if not self._backend.has_work():
+                frames.append(protocol.Idle(self._steps, *self._backend.memory()))
+            if frames:
+                self._pipe.send(*frames)
+
+    def _load(self, frame: protocol.Load) -> bool:
+        started = time.monotonic()
+        try:
+            facts = self._backend.load(frame)
+        except LoadFailed as error:
+            self._pipe.send(protocol.LoadError(error.reason))
+            return False
+        self._pipe.send(protocol.Ready(facts, time.monotonic() - started, self._backend.memory()[0]))
+        return True
+
+    def _prepare(self, frame: protocol.Generate) -> None:
+        try:
+            self._inbox.put(self._backend.prepare(frame))
+        except ContextTooLong as error:
+            self._pipe.send(
+                protocol.Refused(
+                    frame.id, "context", str(error), error.param, None, error.prompt_tokens, error.context_length
+                )
+            )
+        except RequestRejected as error:
+            kind = "unsupported" if error.code == "unsupported_parameter" else "invalid"
+            self._pipe.send(protocol.Refused(frame.id, kind, str(error), error.param, error.code))
+
+    def _drain(self) -> bool:
+        """Take what has arrived, waiting for it if there is no work; False after Stop."""
+        block = not self._backend.has_work()
+        while True:
+            try:
+                frame = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            if isinstance(frame, Prepared):
+                self._backend.add(frame)
+            elif isinstance(frame, protocol.Cancel):
+                self._backend.cancel(frame.id)
+            elif isinstance(frame, protocol.Stop):
+                return False
+            block = block and not self._backend.has_work()
+
+
+def leave(code: int) -> None:
+    """End the process without unwinding: a thread inside MLX must not be torn down by the interpreter's own end."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def make_backend(echo: bool) -> Backend:
+    """The heavy imports happen here, before Hello, so that a spare worker has them behind it."""
+    if echo:
+        from opta_lmx.inference.worker.echo_backend import EchoBackend
+
+        return EchoBackend()
+    from opta_lmx.inference.worker.vllm_backend import VllmBackend
+
+    return VllmBackend()
+
+
+def main() -> None:
+    """Entry point; returns never."""
+    parser = argparse.ArgumentParser(prog="opta_lmx.inference.worker")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--echo", action="store_true")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then stops its workers in order
+    os.dup2(2, 1)  # libraries print to stdout; only stderr is read
+    pipe = Pipe(socket.socket(fileno=arguments.fd))
+    worker = Worker(pipe, make_backend(arguments.echo))
+    pipe.send(protocol.Hello(protocol.VERSION, os.getpid()))
+    threading.Thread(target=worker.read_forever, name="reader", daemon=True).start()
+    worker.run()
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

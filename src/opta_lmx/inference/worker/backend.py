@@ -1,0 +1,72 @@
+"""What a worker's engine must do: the Protocol of the MLX backend and of the echo backend.
+
+``__main__`` runs it: ``prepare`` is called on the reader thread, everything else on the owner thread, the
+thread that also called ``load``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from opta_lmx.inference.protocol import Failed, Generate, Load, Started
+from opta_lmx.types import Delta, ModelFacts, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that was checked and tokenised; ``max_tokens`` is already clamped to the context."""
+
+    id: int
+    request_id: str
+    token_ids: list[int]
+    max_tokens: int
+    sampling: SamplingParams
+    # The compiled form of the request's grammar, in the backend's own terms.
+    grammar: Any = None
+    # Prompt positions where a later prompt is likely to part from this one (end of system, end of history).
+    boundaries: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step made. ``started`` precede ``deltas``; a failed id appears in neither afterwards."""
+
+    started: Sequence[Started] = ()
+    deltas: Sequence[tuple[int, Delta]] = ()
+    failed: Sequence[Failed] = ()
+
+
+class Backend(Protocol):
+    """One model and the sequences it is working on."""
+
+    def load(self, frame: Load) -> ModelFacts:
+        """Load the model; raises LoadFailed with a reason a user can act on."""
+        ...
+
+    def prepare(self, frame: Generate) -> Prepared:
+        """Render, tokenise and check a request; raises RequestRejected. Reads only what ``load`` made."""
+        ...
+
+    def add(self, request: Prepared) -> None:
+        """Put a request in line for the batch."""
+        ...
+
+    def cancel(self, id: int) -> None:
+        """Mark a request to leave at the next step, which reports it with FinishReason.CANCELLED."""
+        ...
+
+    def has_work(self) -> bool:
+        """True while a step would do something."""
+        ...
+
+    def step(self) -> StepResult:
+        """Admit, prefill or decode once for everybody; never raises for the fault of one request."""
+        ...
+
+    def running(self) -> tuple[int, int]:
+        """Sequences in the batch and sequences in line."""
+        ...
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes live in the backend, and bytes its prefix cache holds."""
+        ...

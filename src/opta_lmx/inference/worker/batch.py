@@ -1,0 +1,166 @@
+"""The sequences that decode together: their joint KV cache, one forward a step, one sampler call.
+
+Takes the place of mlx-lm's GenerationBatch, which normalises, samples and matches row by row in every step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
+
+from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch, Launched, RowTable, prepare_processors
+from opta_lmx.inference.worker.sequence import Sequence
+
+# mlx-lm's ArraysCache (recurrent layers) subtracts from its padding lazily at every step; unevaluated, the chain of
+# operations grows until Metal's resource limit aborts the process (mlx-lm issues 1641 and 1845).
+_FLUSH_EVERY_STEPS = 50
+
+Caches = list[Any]  # one mlx-lm cache object a layer
+
+
+class DecodeBatch:
+    """Rows stand in the order of ``sequences``; newcomers enter at the next forward, at the end.
+
+    ``sampler`` decides how a step runs. With HostLaunch a forward is launched once the tokens before it are known.
+    With DeviceLaunch the next forward is queued on tokens nobody has seen yet (a row that turns out to have ended
+    costs one wasted row); while any row has processors, which must learn each token first, HostLaunch stands in.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sampler: type[HostLaunch] | type[DeviceLaunch],
+        on_end: Callable[[Sequence, int, Caches], None] | None = None,
+    ) -> None:
+        """``on_end`` is given each sequence that ends, the number of answer tokens its cache covers, and that cache."""
+        self.sequences: list[Sequence] = []
+        self._model = model
+        self._sampler = sampler
+        self._on_end = on_end
+        self._cache: Caches = []
+        self._table = RowTable(())
+        self._inputs: list[int] = []
+        self._joining: list[tuple[Sequence, Caches, int]] = []
+        self._launched: Launched | None = None
+        self._steps = 0
+
+    def __len__(self) -> int:
+        return len(self.sequences) + len(self._joining)
+
+    def join(self, sequence: Sequence, cache: Caches, token: int) -> None:
+        """Put a sequence in the next forward: ``cache`` covers its prompt but the last token, ``token``."""
+        self._joining.append((sequence, cache, token))
+
+    def launch(self) -> None:
+        """Queue one forward over all rows, unless one is queued already."""
+        if self._launched is not None:
+            return
+        inputs = self._inputs + self._admit()
+        if inputs:
+            self._forward(mx.array(inputs))
+
+    def step(self) -> list[tuple[Sequence, int]]:
+        """Wait for the queued forward: (sequence, token) of every row. Rows that end here have left the batch."""
+        launched = self._launched
+        if launched is None:
+            return []
+        self._launched = None
+        collected = list(self.sequences)
+        if launched.tokens is not None:
+            newcomers = self._admit()
+            inputs = mx.concatenate([launched.tokens, mx.array(newcomers)]) if newcomers else launched.tokens
+            self._forward(inputs)
+        tokens = launched.collect()
+        logits = launched.logits() if any(sequence.wants_logprobs for sequence in collected) else None
+        ended = False
+        for at, (sequence, token) in enumerate(zip(collected, tokens, strict=True)):
+            row = logits[at] if logits is not None and sequence.wants_logprobs else None
+            ended |= sequence.take(token, row)
+        if self._launched is None:
+            self._inputs = tokens
+        if ended:
+            self._report_ends(collected)
+            self._keep([at for at, sequence in enumerate(self.sequences) if sequence.finish is None])
+        return list(zip(collected, tokens, strict=True))
+
+    def drop(self, request_id: int) -> list[Sequence]:
+        """Remove and return the rows of one request."""
+        gone = [entry[0] for entry in self._joining if entry[0].request.id == request_id]
+        self._joining = [entry for entry in self._joining if entry[0].request.id != request_id]
+        stay = [at for at, sequence in enumerate(self.sequences) if sequence.request.id != request_id]
+        if len(stay) < len(self.sequences):
+            gone += [sequence for sequence in self.sequences if sequence.request.id == request_id]
+            self._keep(stay)
+        return gone
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the joint KV cache."""
+        return sum(layer.nbytes for layer in self._cache)
+
+    def _forward(self, inputs: mx.array) -> None:
+        logits = self._model(inputs[:, None], cache=self._cache)[:, -1, :]
+        sampler = HostLaunch if self._table.processed else self._sampler
+        self._launched = sampler(logits, self._table)
+        prepare_processors(self._table)
+        self._inputs = []
+        self._steps += 1
+        if self._steps % _FLUSH_EVERY_STEPS == 0:
+            mx.eval(
+                [
+                    padding
+                    for layer in self._cache
+                    if isinstance(layer, ArraysCache)
+                    for padding in (layer.left_padding, layer.lengths)
+                    if padding is not None
+                ]
+            )
+
+    def _admit(self) -> list[int]:
+        """Merge the newcomers into the joint cache; their first input tokens."""
+        if not self._joining:
+            return []
+        joining, self._joining = self._joining, []
+        merged = [type(layers[0]).merge(list(layers)) for layers in zip(*(cache for _, cache, _ in joining), strict=True)]
+        if self._cache:
+            for layer, extra in zip(self._cache, merged, strict=True):
+                layer.extend(extra)
+        else:
+            self._cache = merged
+        self.sequences += [sequence for sequence, _, _ in joining]
+        self._table = RowTable([sequence.sampler for sequence in self.sequences])
+        return [token for _, _, token in joining]
+
+    def _report_ends(self, collected: list[Sequence]) -> None:
+        """Hand over the caches of rows that ended: each covers the answer but its last token, unless that was fed too."""
+        if self._on_end is None:
+            return
+        unfed = 1 if self._launched is None else 0
+        for at, sequence in enumerate(collected):
+            if sequence.finish is not None:
+                self._on_end(sequence, len(sequence.tokens) - unfed, [_row(layer, at) for layer in self._cache])
+
+    def _keep(self, rows: list[int]) -> None:
+        self.sequences = [self.sequences[at] for at in rows]
+        self._inputs = [self._inputs[at] for at in rows] if self._inputs else []
+        self._table = RowTable([sequence.sampler for sequence in self.sequences])
+        if not rows:
+            self._cache, self._inputs, self._launched = [], [], None
+            return
+        for layer in self._cache:
+            layer.filter(rows)
+        if self._launched is not None:
+            self._launched.keep(rows, self._table)
+
+
+def _row(layer: Any, at: int) -> Any:
+    """One row of a joint cache as a plain cache; a view where that is possible, so that only what is kept is copied."""
+    if type(layer) is not BatchKVCache:
+        return layer.extract(at)
+    row = KVCache()
+    start = layer.left_padding[at].item()
+    row.keys = layer.keys[at : at + 1, :, start : layer.size()]
+    row.values = layer.values[at : at + 1, :, start : layer.size()]
+    row.offset = row.keys.shape[2]
+    return row

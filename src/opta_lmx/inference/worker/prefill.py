@@ -1,0 +1,156 @@
+"""Prompts on their way into the batch: which one gets the next chunk, and how large it may be."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from opta_lmx.inference.worker.batch import Caches
+from opta_lmx.inference.worker.sequence import Sequence
+
+# Below this many tokens a chunk costs almost as much as a decode step, so smaller ones would only add work.
+_SMALLEST_CHUNK = 16
+# With nobody decoding, a chunk delays only cancellations and newcomers; they may wait this many stall bounds.
+_QUIET_FACTOR = 4.0
+# Shortest-remaining-first would starve a long prompt under a stream of short ones: every so many chunks the oldest goes.
+_OLDEST_EVERY = 4
+# Weight of the newest measurement in the running estimate of prefill speed.
+_SMOOTHING = 0.3
+
+
+@dataclass(slots=True)
+class Prefill:
+    """One prompt. ``cache`` covers ``done`` tokens; ``target`` leaves the last token to the first decode step."""
+
+    sequences: list[Sequence]
+    tokens: list[int]
+    cache: Caches
+    done: int = 0
+    # Positions at which the cache should be kept for others, ascending.
+    boundaries: list[int] = field(default_factory=list)
+
+    @property
+    def target(self) -> int:
+        """Tokens to process before the prompt can decode."""
+        return len(self.tokens) - 1
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to process."""
+        return self.target - self.done
+
+
+class ChunkPolicy:
+    """Bounds the time one chunk may take. Pure but for what it is told."""
+
+    def __init__(self, largest_tokens: int, stall_bound_seconds: float) -> None:
+        self._largest = largest_tokens
+        self._bound = stall_bound_seconds
+        self._seconds_per_token: float | None = None
+        self._turn = 0
+
+    def tokens(self, *, decoding: bool) -> int:
+        """Tokens to prefill before the next decode step, across prompts."""
+        if self._seconds_per_token is None:
+            return min(self._largest, _SMALLEST_CHUNK * 4)
+        seconds = self._bound if decoding else self._bound * _QUIET_FACTOR
+        return max(_SMALLEST_CHUNK, min(self._largest, int(seconds / self._seconds_per_token)))
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Learn from a chunk; tiny ones say little about the cost of a token."""
+        if tokens < _SMALLEST_CHUNK:
+            return
+        measured = seconds / tokens
+        old = self._seconds_per_token
+        self._seconds_per_token = measured if old is None else old + _SMOOTHING * (measured - old)
+
+    def choose(self, waiting: list[Prefill]) -> Prefill:
+        """The prompt that gets the next chunk: the one with least left, and now and then the oldest."""
+        self._turn += 1
+        if self._turn % _OLDEST_EVERY == 0:
+            return waiting[0]
+        return min(waiting, key=lambda prefill: prefill.remaining)
+
+
+class PrefillQueue:
+    """Prompts being processed one at a time, each on its own plain cache: exact for every architecture."""
+
+    def __init__(
+        self,
+        model: Any,
+        policy: ChunkPolicy,
+        on_boundary: Callable[[Prefill], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._model = model
+        self._policy = policy
+        self._on_boundary = on_boundary
+        self._clock = clock
+        self._waiting: list[Prefill] = []
+
+    def __len__(self) -> int:
+        return sum(len(prefill.sequences) for prefill in self._waiting)
+
+    def add(self, prefill: Prefill) -> None:
+        """Take a prompt in; the oldest comes first where age decides."""
+        self._waiting.append(prefill)
+
+    def drop(self, request_id: int) -> list[Sequence]:
+        """Remove and return the sequences of one request."""
+        gone = [prefill for prefill in self._waiting if prefill.sequences[0].request.id == request_id]
+        self._waiting = [prefill for prefill in self._waiting if prefill not in gone]
+        return [sequence for prefill in gone for sequence in prefill.sequences]
+
+    def longest_shared(self, tokens: list[int], boundaries: tuple[int, ...], exact_only: bool) -> int:
+        """Tokens of the longest beginning that a prompt under way will leave for others to share with ``tokens``.
+
+        ``exact_only``: caches can be kept at boundaries alone, so only boundaries both prompts have count.
+        """
+        best = 0
+        for prefill in self._waiting:
+            shared = _common(prefill.tokens[: prefill.target], tokens)
+            if exact_only:
+                shared = max((at for at in prefill.boundaries if at <= shared and at in boundaries), default=0)
+            best = max(best, shared)
+        return best
+
+    def step(self, *, decoding: bool) -> list[Prefill]:
+        """Process at most one chunk's worth of tokens; the prompts that are now complete, in order."""
+        budget = self._policy.tokens(decoding=decoding)
+        complete: list[Prefill] = []
+        while self._waiting and budget > 0:
+            prefill = self._policy.choose(self._waiting)
+            budget -= self._advance(prefill, budget)
+            if prefill.remaining == 0:
+                self._waiting.remove(prefill)
+                complete.append(prefill)
+        return complete
+
+    def _advance(self, prefill: Prefill, budget: int) -> int:
+        """Run one piece of a prompt, up to its next boundary; the tokens it cost (at least 1, so that steps end)."""
+        end = min(prefill.target, prefill.done + budget)
+        while prefill.boundaries and prefill.boundaries[0] <= prefill.done:
+            prefill.boundaries.pop(0)
+        if prefill.boundaries:
+            end = min(end, prefill.boundaries[0])
+        count = end - prefill.done
+        if count > 0:
+            started = self._clock()
+            piece = mx.array(prefill.tokens[prefill.done : end])[None]
+            self._model(piece, cache=prefill.cache)
+            mx.eval([layer.state for layer in prefill.cache])
+            self._policy.observe(count, self._clock() - started)
+            prefill.done = end
+            if prefill.boundaries and prefill.boundaries[0] == end:
+                self._on_boundary(prefill)
+        return max(count, 1)
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """Length of the common beginning."""
+    size = min(len(first), len(second))
+    if first[:size] == second[:size]:
+        return size
+    return next(at for at in range(size) if first[at] != second[at])

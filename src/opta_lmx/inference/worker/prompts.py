@@ -1,0 +1,93 @@
+"""A request's prompt as token ids: the model's chat template, the tokenizer, and the checks on both."""
+
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from opta_lmx.errors import ContextTooLong, InvalidRequest, UnsupportedParameter
+from opta_lmx.types import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+
+
+class PromptReader:
+    """Renders and tokenises. Safe on any one thread while the model runs on another."""
+
+    def __init__(self, tokenizer: Any, context_length: int, vocab_size: int) -> None:
+        """``tokenizer`` is a transformers tokenizer; lengths are tokens."""
+        self._tokenizer = tokenizer
+        self._context_length = context_length
+        self._vocab_size = vocab_size
+
+    def read(self, prompt: Prompt) -> list[int]:
+        """Token ids, at least one and fewer than the context; raises RequestRejected with the field at fault."""
+        if isinstance(prompt, ChatPrompt):
+            field, ids = "messages", self._chat(prompt)
+        elif isinstance(prompt, TextPrompt):
+            field, ids = "prompt", list(self._tokenizer.encode(prompt.text))
+        else:
+            field, ids = "prompt", self._tokens(prompt)
+        if not ids:
+            ids = self._opening()
+        if len(ids) >= self._context_length:
+            raise ContextTooLong(len(ids), self._context_length, param=field)
+        return ids
+
+    def _chat(self, prompt: ChatPrompt) -> list[int]:
+        text = self.render(prompt)
+        # The template writes the special tokens itself; the tokenizer must not add them again.
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def render(self, prompt: ChatPrompt, *, generation_prompt: bool = True) -> str:
+        """The conversation as the model's template writes it."""
+        if not self._tokenizer.chat_template:
+            raise UnsupportedParameter(
+                "This model has no chat template. Use POST /v1/completions with a prompt instead.", param="messages"
+            )
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                prompt.messages,
+                tools=prompt.tools,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **prompt.template_kwargs,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise InvalidRequest(
+                f"The model's chat template does not accept these messages: {error}", param="messages"
+            ) from error
+        return text
+
+    def boundaries(self, prompt: Prompt, ids: list[int]) -> tuple[int, ...]:
+        """Positions where another prompt is likely to part from this one, ascending: end of system, end of history."""
+        if not isinstance(prompt, ChatPrompt):
+            return ()
+        opening = [message for message in prompt.messages[:1] if message.get("role") in ("system", "developer")]
+        places = []
+        for messages in (opening, prompt.messages):
+            if not messages:
+                continue
+            part = ChatPrompt(messages, prompt.tools, prompt.template_kwargs)
+            try:
+                text = self.render(part, generation_prompt=False)
+            except InvalidRequest:  # many templates refuse a conversation without a user
+                continue
+            begins = list(self._tokenizer.encode(text, add_special_tokens=False))
+            if ids[: len(begins)] == begins and 0 < len(begins) < len(ids):
+                places.append(len(begins))
+        return tuple(sorted(set(places)))
+
+    def _tokens(self, prompt: TokenPrompt) -> list[int]:
+        for at, token in enumerate(prompt.token_ids):
+            if not 0 <= token < self._vocab_size:
+                raise InvalidRequest(
+                    f"Invalid token id {token}: this model's ids go from 0 to {self._vocab_size - 1}.",
+                    param=f"prompt[{at}]",
+                    code="invalid_value",
+                )
+        return prompt.token_ids
+
+    def _opening(self) -> list[int]:
+        """An empty prompt begins where the model's texts begin."""
+        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            if token is not None:
+                return [token]
+        raise InvalidRequest("The prompt is empty and this model has no token that begins a text.", param="prompt")

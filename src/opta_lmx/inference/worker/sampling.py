@@ -1,0 +1,287 @@
+"""Choosing the next token of every row at once.
+
+Order, as in vLLM: processors (bias, penalties, grammar) on the logits, then temperature, then top-k, top-p and
+min-p on the tempered distribution. A row draws one uniform number a token from its own generator, so that its choices
+depend on its seed and its logits and on nothing else in the batch.
+
+Two ways with the same rule: ``HostLaunch`` (numpy; for MLX's CPU backend, whose exp and sort are 20 to 40 times
+slower than numpy's) and ``DeviceLaunch`` (MLX; the choice stays on the GPU, so that the next forward can be queued
+before the tokens are known).
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.float32]
+
+# Candidates kept by a partial selection before the exact rule looks at them; a row whose nucleus is wider is sorted.
+_CANDIDATES = 64
+# Columns summed together in the first of the two passes that find a drawn token.
+_BLOCK = 64
+
+
+class LogitsProcessor(Protocol):
+    """Changes one row of logits in place before sampling. ``error`` ends the row's request with that reason."""
+
+    error: str | None
+
+    def prepare(self) -> None:
+        """Do what can be done before the logits are there, while the forward runs."""
+        ...
+
+    def apply(self, row: Logits) -> None:
+        """``row`` has one float per vocabulary entry."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Learn the token that was sampled from the row."""
+        ...
+
+
+@dataclass(slots=True)
+class RowSampler:
+    """How one sequence is sampled. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    generator: random.Random = field(default_factory=random.Random)
+    processors: Sequence[LogitsProcessor] = ()
+
+    @property
+    def truncates(self) -> bool:
+        """True if part of the distribution is cut off."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+class RowTable:
+    """The rows' parameters as arrays, rebuilt only when the batch changes."""
+
+    def __init__(self, rows: Sequence[RowSampler]) -> None:
+        self.rows = list(rows)
+        self.sampled = np.array([i for i, row in enumerate(rows) if row.temperature > 0], dtype=np.intp)
+        self.all_sampled = len(self.sampled) == len(self.rows)
+        chosen = [self.rows[i] for i in self.sampled]
+        self.scale = np.array([[1.0 / row.temperature] for row in chosen], dtype=np.float32)
+        self.truncated = np.array([i for i, row in enumerate(chosen) if row.truncates], dtype=np.intp)
+        self.whole = np.array([i for i, row in enumerate(chosen) if not row.truncates], dtype=np.intp)
+        self.top_k = np.array([row.top_k or np.iinfo(np.int64).max for row in chosen], dtype=np.int64)
+        self.top_p = np.array([row.top_p for row in chosen], dtype=np.float64)
+        self.min_p = np.array([row.min_p for row in chosen], dtype=np.float64)
+        self.processed = [i for i, row in enumerate(self.rows) if row.processors]
+
+    def draws(self) -> npt.NDArray[np.float64]:
+        """One uniform number in [0, 1) for each sampled row."""
+        return np.array([self.rows[i].generator.random() for i in self.sampled], dtype=np.float64)
+
+
+def prepare_processors(table: RowTable) -> None:
+    """Let every processor work ahead; call it right after a launch."""
+    for i in table.processed:
+        for processor in table.rows[i].processors:
+            processor.prepare()
+
+
+def run_processors(logits: Logits, table: RowTable) -> None:
+    """Apply every row's processors to ``logits`` in place."""
+    for i in table.processed:
+        for processor in table.rows[i].processors:
+            processor.apply(logits[i])
+
+
+class Launched(Protocol):
+    """One forward under way, and the choice that follows it."""
+
+    tokens: mx.array | None
+
+    def keep(self, rows: list[int], table: RowTable) -> None:
+        """Forget every row but these; ``table`` describes the ones that stay."""
+        ...
+
+    def collect(self) -> list[int]:
+        """Wait for the forward; the chosen token of each row."""
+        ...
+
+    def logits(self) -> Logits:
+        """The processed logits the tokens were chosen from; call it after ``collect``."""
+        ...
+
+
+class HostLaunch:
+    """Waits for the logits, then samples in numpy. ``tokens`` stays None: they are not known ahead."""
+
+    tokens: mx.array | None = None
+
+    def __init__(self, logits: mx.array, table: RowTable) -> None:
+        """``logits`` (rows, vocabulary), not evaluated yet."""
+        self._lazy = logits if logits.dtype == mx.float32 else logits.astype(mx.float32)
+        self._table = table
+        self._host: Logits | None = None
+        mx.async_eval(self._lazy)
+
+    def keep(self, rows: list[int], table: RowTable) -> None:
+        """Forget every row but these; ``table`` describes the ones that stay."""
+        self._lazy, self._table = self._lazy[mx.array(rows)], table
+
+    def collect(self) -> list[int]:
+        """Wait for the forward; the chosen token of each row."""
+        mx.eval(self._lazy)
+        table = self._table
+        logits: Logits = np.array(self._lazy, copy=bool(table.processed))
+        run_processors(logits, table)
+        self._host = logits
+        if table.all_sampled:
+            return _as_list(_sample(logits, table))
+        tokens = logits.argmax(axis=-1)
+        if len(table.sampled):
+            tokens[table.sampled] = _sample(logits[table.sampled], table)
+        return _as_list(tokens)
+
+    def logits(self) -> Logits:
+        """The processed logits the tokens were chosen from; call it after ``collect``."""
+        assert self._host is not None
+        return self._host
+
+
+def _sample(logits: Logits, table: RowTable) -> npt.NDArray[np.intp]:
+    """``logits`` holds the sampled rows only."""
+    weights = logits - logits.max(axis=-1, keepdims=True)
+    weights *= table.scale
+    np.exp(weights, out=weights)  # unnormalised probabilities; the largest of each row is 1
+    draws = table.draws()
+    if not len(table.truncated):
+        return _draw(weights, draws)
+    tokens = np.empty(len(weights), dtype=np.intp)
+    if len(table.whole):
+        tokens[table.whole] = _draw(weights[table.whole], draws[table.whole])
+    cut = table.truncated
+    tokens[cut] = _draw_truncated(weights[cut], draws[cut], table.top_k[cut], table.top_p[cut], table.min_p[cut])
+    return tokens
+
+
+def _draw(weights: Logits, draws: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """Index drawn in proportion to ``weights`` (rows, n) at the quantiles ``draws`` (rows,), in two passes."""
+    rows, size = weights.shape
+    spill = -size % _BLOCK
+    if spill:
+        weights = np.pad(weights, ((0, 0), (0, spill)))
+    blocks = weights.reshape(rows, -1, _BLOCK)
+    reached = np.cumsum(blocks.sum(axis=-1), axis=-1, dtype=np.float64)
+    target = draws * reached[:, -1]
+    each = np.arange(rows)
+    block = (reached <= target[:, None]).sum(axis=-1)
+    before = np.where(block > 0, reached[each, block - 1], 0.0)
+    inside = np.cumsum(blocks[each, block], axis=-1, dtype=np.float64)
+    offset = (inside <= (target - before)[:, None]).sum(axis=-1)
+    # Rounding between the two passes can step past the block; its last likely token is the right one then.
+    offset = np.minimum(offset, _BLOCK - 1 - np.argmax(blocks[each, block, ::-1] > 0, axis=-1))
+    chosen: npt.NDArray[np.intp] = block * _BLOCK + offset
+    return chosen
+
+
+def _draw_truncated(
+    weights: Logits,
+    draws: npt.NDArray[np.float64],
+    top_k: npt.NDArray[np.int64],
+    top_p: npt.NDArray[np.float64],
+    min_p: npt.NDArray[np.float64],
+) -> npt.NDArray[np.intp]:
+    """As ``_draw``, from each row's top-k, top-p and min-p set. Exact: a set wider than the candidates is sorted."""
+    rows, size = weights.shape
+    width = min(size, max(_CANDIDATES, int(top_k[top_k < size].max(initial=0))))
+    while True:
+        order = _descending(weights, width)
+        best = np.take_along_axis(weights, order, axis=-1).astype(np.float64)
+        ranks = np.arange(width)
+        best[ranks >= top_k[:, None]] = 0.0
+        mass = np.cumsum(best, axis=-1)
+        total = np.where(top_k < size, mass[:, -1], weights.sum(axis=-1, dtype=np.float64))
+        open_ended = (top_k > width) & (mass[:, -1] < top_p * total) & (best[:, -1] >= min_p * best[:, 0])
+        if width == size or not open_ended.any():
+            break
+        width = size
+    keep = (mass - best < (top_p * total)[:, None]) & (best >= (min_p * best[:, 0])[:, None])
+    keep[:, 0] = True
+    reached = np.cumsum(np.where(keep, best, 0.0), axis=-1)
+    pick = (reached <= (draws * reached[:, -1])[:, None]).sum(axis=-1)
+    chosen: npt.NDArray[np.intp] = order[np.arange(rows), pick]
+    return chosen
+
+
+def _descending(weights: Logits, width: int) -> npt.NDArray[np.intp]:
+    """Indices of the ``width`` largest weights of each row, largest first."""
+    if width >= weights.shape[-1]:
+        return np.argsort(-weights, axis=-1, kind="stable")
+    candidates = np.argpartition(-weights, width, axis=-1)[:, :width]
+    candidates.sort(axis=-1)  # ties then resolve by index, as in a stable sort of the whole row
+    values = np.take_along_axis(weights, candidates, axis=-1)
+    return np.take_along_axis(candidates, np.argsort(-values, axis=-1, kind="stable"), axis=-1)
+
+
+class DeviceLaunch:
+    """Samples in MLX; ``tokens`` (rows,) can feed the next forward before anybody has waited for this one.
+
+    For rows without processors, which are numpy's: a batch with any of them is launched with HostLaunch.
+    """
+
+    def __init__(self, logits: mx.array, table: RowTable) -> None:
+        """``logits`` (rows, vocabulary), not evaluated yet."""
+        self._logits = logits.astype(mx.float32)
+        chosen = _sample_on_device(self._logits, table) if len(table.sampled) else mx.argmax(logits, axis=-1)
+        self.tokens: mx.array | None = chosen
+        self._chosen = chosen
+        mx.async_eval(chosen)
+
+    def keep(self, rows: list[int], table: RowTable) -> None:
+        """Forget every row but these; their tokens are chosen already, so the table is not asked again."""
+        at = mx.array(rows)
+        self._logits, self._chosen = self._logits[at], self._chosen[at]
+        self.tokens = self._chosen
+
+    def collect(self) -> list[int]:
+        """Wait for the forward; the chosen token of each row."""
+        return _as_list(self._chosen)
+
+    def logits(self) -> Logits:
+        """The processed logits the tokens were chosen from."""
+        return np.array(self._logits)
+
+
+def _as_list(tokens: Any) -> list[int]:
+    values: list[int] = tokens.tolist()
+    return values
+
+
+def _sample_on_device(logits: mx.array, table: RowTable) -> mx.array:
+    """The rule of ``_sample`` as one kernel chain for the whole batch; greedy rows keep their argmax."""
+    rows, size = logits.shape
+    scale, draws = np.ones((rows, 1), np.float32), np.zeros((rows, 1), np.float32)
+    top_k, top_p, min_p = np.full((rows, 1), size), np.ones((rows, 1), np.float32), np.zeros((rows, 1), np.float32)
+    at = table.sampled
+    scale[at], draws[at, 0] = table.scale, table.draws()
+    top_k[at, 0], top_p[at, 0], min_p[at, 0] = np.minimum(table.top_k, size), table.top_p, table.min_p
+    weights = mx.exp((logits - mx.max(logits, axis=-1, keepdims=True)) * mx.array(scale))
+    order = None
+    if len(table.truncated):
+        order = mx.argsort(-weights, axis=-1)
+        weights = mx.take_along_axis(weights, order, axis=-1)
+        weights = mx.where(mx.arange(size) < mx.array(top_k), weights, 0.0)
+        mass = mx.cumsum(weights, axis=-1)
+        keep = (mass - weights < mx.array(top_p) * mass[:, -1:]) & (weights >= mx.array(min_p) * weights[:, :1])
+        weights = mx.where(keep, weights, 0.0)
+    reached = mx.cumsum(weights, axis=-1)
+    pick = mx.argmax(reached > mx.array(draws) * reached[:, -1:], axis=-1, keepdims=True)
+    if order is not None:
+        pick = mx.take_along_axis(order, pick, axis=-1)
+    if table.all_sampled:
+        return pick[:, 0]
+    is_sampled = np.zeros(rows, dtype=bool)
+    is_sampled[at] = True
+    return mx.where(mx.array(is_sampled), pick[:, 0], mx.argmax(logits, axis=-1))

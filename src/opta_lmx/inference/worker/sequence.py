@@ -1,0 +1,106 @@
+"""One choice of one request while it is generated: when it ends, and what its tokens say."""
+
+import random
+from collections.abc import Sequence as ListOf
+
+import numpy as np
+
+from opta_lmx.inference.output.stop import StopStrings
+from opta_lmx.inference.worker.backend import Prepared
+from opta_lmx.inference.worker.detokenizer import Detokenizer, TokenTable
+from opta_lmx.inference.worker.sampling import Logits, LogitsProcessor, RowSampler
+from opta_lmx.types import Delta, FinishReason, TokenLogprob
+
+
+class Sequence:
+    """Accepts one token a step. ``take`` decides whether it ends; ``delta`` tells what the step added.
+
+    ``error`` set means that it ended because it could not go on, and its request with it.
+    """
+
+    def __init__(
+        self,
+        request: Prepared,
+        choice: int,
+        table: TokenTable,
+        stop_ids: frozenset[int],
+        processors: ListOf[LogitsProcessor] = (),
+    ) -> None:
+        params = request.sampling
+        self.request = request
+        self.choice = choice
+        self.finish: FinishReason | None = None
+        self.error: str | None = None
+        self.tokens: list[int] = []
+        self.wants_logprobs = params.logprobs is not None
+        self.sampler = RowSampler(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            generator=random.Random(None if params.seed is None else params.seed + choice),
+            processors=processors,
+        )
+        self._table = table
+        self._stop_ids = stop_ids
+        self._detokenizer = Detokenizer(table)
+        self._stops = StopStrings(params.stop) if params.stop else None
+        self._text = ""
+        self._spoken = True
+        self._logprobs: list[TokenLogprob] | None = None
+
+    def take(self, token: int, logits: Logits | None = None) -> bool:
+        """Record the sampled token; True if the sequence ends with it. ``logits`` is its row, for log-probabilities."""
+        self.tokens.append(token)
+        for processor in self.sampler.processors:
+            processor.accept(token)
+            self.error = self.error or processor.error
+        if logits is not None:
+            self._logprobs = [_logprob(self._table, logits, token, self.request.sampling.logprobs or 0)]
+        if self.error is not None or token in self._stop_ids:
+            self.finish = FinishReason.STOP
+        elif len(self.tokens) >= self.request.max_tokens:
+            self.finish = FinishReason.LENGTH
+        self._spoken = False
+        # Only a stop string needs the text to know whether the sequence ends; the others' text can wait.
+        if self._stops is not None:
+            self._speak()
+        return self.finish is not None
+
+    def delta(self) -> Delta:
+        """What the last token added."""
+        if not self._spoken:
+            self._speak()
+        logprobs, self._logprobs = self._logprobs, None
+        return Delta(self.choice, self._text, 1, self.finish, logprobs)
+
+    def _speak(self) -> None:
+        self._spoken = True
+        token = self.tokens[-1]
+        text = "" if token in self._stop_ids else self._detokenizer.add(token)
+        if self.finish is not None:
+            text += self._detokenizer.flush()
+        if self._stops is None:
+            self._text = text
+            return
+        self._text, met = self._stops.feed(text)
+        if met:
+            self.finish = FinishReason.STOP
+        elif self.finish is not None:
+            self._text += self._stops.flush()
+
+
+def _logprob(table: TokenTable, logits: Logits, token: int, top: int) -> TokenLogprob:
+    """Natural-log probabilities of the processed, untempered logits, as OpenAI reports them."""
+    row = logits.astype(np.float64)
+    peak = row.max()
+    normaliser = peak + np.log(np.exp(row - peak).sum())
+    best = np.argpartition(-row, min(top, len(row) - 1))[:top] if top else np.empty(0, dtype=np.intp)
+    best = best[np.argsort(-row[best], kind="stable")]
+
+    def entry(id: int) -> tuple[str, float, bytes]:
+        raw = table.raw(id)
+        # OpenAI's floor for a token that cannot occur; -inf is not JSON.
+        return raw.decode("utf-8", "replace"), max(float(row[id] - normaliser), -9999.0), raw
+
+    return TokenLogprob(*entry(token), [TokenLogprob(*entry(int(id))) for id in best])

@@ -1,0 +1,166 @@
+"""The MLX backend: vllm-mlx's loader and our scheduler over vllm-mlx's, behind the Backend protocol."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from vllm_mlx.utils.tokenizer import collect_eos_token_ids, load_model_with_fallback
+
+from opta_lmx.errors import InvalidRequest, LoadFailed
+from opta_lmx.inference.protocol import Generate, Load
+from opta_lmx.inference.worker import geometry
+from opta_lmx.inference.worker.backend import Prepared, StepResult
+from opta_lmx.inference.worker.detokenizer import TokenTable
+from opta_lmx.inference.worker.processors import processors_for
+from opta_lmx.inference.worker.prefix_snapshots import PrefixSnapshots
+from opta_lmx.inference.worker.prefix_tree import PrefixTree
+from opta_lmx.inference.worker.prompts import PromptReader
+from opta_lmx.inference.worker.scheduler import LmxScheduler, PrefixCache
+from opta_lmx.inference.worker.sequence import Sequence
+from opta_lmx.inference.worker.structured import Grammar, GrammarCompiler
+from opta_lmx.types import LoadOptions, ModelFacts
+
+# For architectures whose config names no limit (state-space models have none of their own).
+_UNBOUNDED_CONTEXT_TOKENS = 32_768
+
+_CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "seq_length", "n_ctx")
+
+# MLX keeps freed buffers for reuse; without a bound that cache grows to the allocation limit and is never returned
+# (vllm-mlx issue 793).
+_BUFFER_CACHE_BYTES = 512 * 1024 * 1024
+
+
+class VllmBackend:
+    """One model loaded by vllm-mlx and the scheduler that runs it."""
+
+    def load(self, frame: Load) -> ModelFacts:
+        """Load weights and tokenizer; raises LoadFailed with what is wrong with the files."""
+        directory = Path(frame.path)
+        _limit_memory(frame.options)
+        with _named_load_errors(frame.model_id):
+            config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+            _refuse_code(frame.model_id, config)
+            model, wrapped = load_model_with_fallback(
+                str(directory), {"trust_remote_code": False}, model_id=frame.model_id
+            )
+            shape = geometry.measure(model)
+        tokenizer = getattr(wrapped, "_tokenizer", wrapped)
+        context = _context_length(config, frame.options)
+        self._table = TokenTable(tokenizer)
+        self._stop_ids = frozenset(collect_eos_token_ids(tokenizer, str(directory)))
+        self._reader = PromptReader(tokenizer, context, shape.vocab_size)
+        self._grammars = GrammarCompiler(tokenizer, shape.vocab_size, self._stop_ids)
+        self._prefixes = _prefix_cache(shape, frame.options.prefix_cache_bytes)
+        self._wants_boundaries = self._prefixes is not None and self._prefixes.exact_positions_only
+        self._scheduler = LmxScheduler(model, wrapped, frame.options, self._prefixes)
+        self._facts = ModelFacts(
+            model_type=str(config.get("model_type", "unknown")),
+            context_length=context,
+            vocab_size=shape.vocab_size,
+            weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
+            kv_bytes_per_token=shape.bytes_for(2) - shape.bytes_for(1),
+            has_chat_template=bool(tokenizer.chat_template),
+            prefix_cache="off" if self._prefixes is None else "tokens" if shape.plain else "snapshots",
+        )
+        return self._facts
+
+    def prepare(self, frame: Generate) -> Prepared:
+        """Render, tokenise and check a request; raises RequestRejected naming the field."""
+        sampling = frame.sampling
+        for token in [*sampling.logit_bias, *sampling.stop_token_ids]:
+            if not 0 <= token < self._facts.vocab_size:
+                raise InvalidRequest(
+                    f"Invalid token id {token}: this model's ids go from 0 to {self._facts.vocab_size - 1}.",
+                    param="logit_bias" if token in sampling.logit_bias else "stop_token_ids",
+                    code="invalid_value",
+                )
+        token_ids = self._reader.read(frame.prompt)
+        boundaries = self._reader.boundaries(frame.prompt, token_ids) if self._wants_boundaries else ()
+        # Compiled here, so that a schema that cannot be used is refused before the request takes a place.
+        grammar = self._grammars.compile(frame.structured) if frame.structured is not None else None
+        room = self._facts.context_length - len(token_ids)
+        wanted = room if sampling.max_tokens is None else sampling.max_tokens
+        return Prepared(frame.id, frame.request_id, token_ids, min(wanted, room), sampling, grammar, boundaries)
+
+    def add(self, request: Prepared) -> None:
+        """Put a request in line for the batch."""
+        sampling = request.sampling
+        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._stop_ids)
+        sequences = []
+        for choice in range(sampling.n):
+            processors = processors_for(sampling, request.token_ids, stop_ids)
+            if request.grammar is not None:
+                processors.append(Grammar(request.grammar.deep_copy()))
+            sequences.append(Sequence(request, choice, self._table, stop_ids, processors))
+        self._scheduler.submit(request, sequences)
+
+    def cancel(self, id: int) -> None:
+        """Let a request leave at the next step."""
+        self._scheduler.cancel(id)
+
+    def has_work(self) -> bool:
+        """True while a step would do something."""
+        return self._scheduler.has_requests()
+
+    def step(self) -> StepResult:
+        """Admit, prefill and decode once for everybody."""
+        return self._scheduler.step()
+
+    def running(self) -> tuple[int, int]:
+        """Sequences in the batch and requests in line."""
+        return self._scheduler.depths()
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes live in MLX, and bytes the prefix cache holds."""
+        return mx.get_active_memory(), self._prefixes.nbytes if self._prefixes is not None else 0
+
+
+def _prefix_cache(shape: geometry.CacheGeometry, budget_bytes: int) -> PrefixCache | None:
+    """Token by token where every layer allows it, else whole snapshots; None without a budget."""
+    if budget_bytes <= 0:
+        return None
+    return PrefixTree(budget_bytes) if shape.plain else PrefixSnapshots(budget_bytes)
+
+
+def _limit_memory(options: LoadOptions) -> None:
+    mx.set_cache_limit(_BUFFER_CACHE_BYTES)
+    if options.memory_limit_bytes is not None:
+        mx.set_memory_limit(options.memory_limit_bytes)
+
+
+def _refuse_code(model_id: str, config: dict[str, Any]) -> None:
+    """mlx-lm would import and run the file ``model_file`` names, whatever trust_remote_code says."""
+    if config.get("model_file") is not None:
+        raise LoadFailed(model_id, "config.json names a model_file; code from a model directory is never run")
+
+
+def _context_length(config: dict[str, Any], options: LoadOptions) -> int:
+    """Tokens: the smaller of the model's own limit and the configured one."""
+    places = (config, config.get("text_config") or {})
+    limits = [place[key] for place in places for key in _CONTEXT_KEYS if isinstance(place.get(key), int)]
+    own = limits[0] if limits else _UNBOUNDED_CONTEXT_TOKENS
+    return min(own, options.context_length or own)
+
+
+@contextmanager
+def _named_load_errors(model_id: str) -> Iterator[None]:
+    """The exceptions mlx-lm, transformers and MLX raise for bad files, as LoadFailed with a reason for people."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise LoadFailed(model_id, f"config.json or the tokenizer's files are not valid JSON: {error}") from error
+    except FileNotFoundError as error:
+        raise LoadFailed(model_id, f"a file is missing: {Path(str(error.filename or error)).name}") from error
+    except (KeyError, TypeError) as error:
+        raise LoadFailed(model_id, f"config.json does not describe a model of its type: {error}") from error
+    except (ValueError, RuntimeError, OSError) as error:
+        raise LoadFailed(model_id, _first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of a library's message; the rest is advice for its own users."""
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

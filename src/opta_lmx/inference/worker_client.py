@@ -1,0 +1,380 @@
+"""The server's side of one worker process: start it, speak with it, notice its end, stop it.
+
+Everything happens in callbacks of the event loop, so no task has to be owned for a pipe: bytes arrive, frames are
+dispatched, and whoever waits is woken. A worker's end is one event, told once both its socket and its process are done.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+from opta_lmx.errors import ContextTooLong, GenerationFailed, InvalidRequest, LmxError, LoadFailed, UnsupportedParameter
+from opta_lmx.errors import WorkerLost
+from opta_lmx.inference import protocol
+from opta_lmx.monitoring.logging import get_logger
+from opta_lmx.types import CacheReport, Delta, GenerateRequest, LoadOptions, ModelFacts, ModelFiles, WorkerExit
+
+# Imports take 2 s on an idle machine; under a full test run on two cores they have taken 20.
+_HELLO_SECONDS = 120.0
+# A 400 GB model from a slow disk (1 GB/s) needs 400 s.
+_LOAD_SECONDS = 900.0
+# Between SIGTERM and SIGKILL.
+_TERM_SECONDS = 2.0
+_STDERR_TAIL_LINES = 20
+_STDERR_LINE_BYTES = 2000
+
+_log = get_logger("worker_client")
+
+
+class WorkerStream:
+    """One request on one pipe. The deltas wait here, in one list, until the reader comes for them."""
+
+    def __init__(self, choices: int, cancel: Callable[[], None], on_end: Callable[[], None]) -> None:
+        """``on_end`` is called exactly once, when the worker is done with the request, whoever ended it."""
+        self._then: list[Callable[[], None]] = [on_end]
+        self.prompt_tokens = 0
+        self.cache = CacheReport()
+        self._cancel = cancel
+        self._open_choices = choices
+        self._deltas: list[Delta] = []
+        self._error: LmxError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """True once nothing more will arrive."""
+        return self._open_choices == 0
+
+    def then(self, on_end: Callable[[], None]) -> None:
+        """Have one more thing done at the end; the stream must not have ended."""
+        assert not self.ended
+        self._then.append(on_end)
+
+    def began(self, frame: protocol.Started) -> None:
+        """The request has entered the batch."""
+        self.prompt_tokens, self.cache = frame.prompt_tokens, frame.cache
+
+    def push(self, delta: Delta) -> None:
+        """Take one delta in, and end when it was the last choice's last."""
+        self._deltas.append(delta)
+        if delta.finish is not None:
+            self._open_choices -= 1
+            if self._open_choices == 0:
+                self._end()
+        self._wake()
+
+    def fail(self, error: LmxError) -> None:
+        """End with an error, told to the reader after what arrived before it."""
+        if not self.ended:
+            self._open_choices = 0
+            self._error = error
+            self._end()
+            self._wake()
+
+    def cancel(self) -> None:
+        """Ask the worker to let the request go; it has ended when the worker says so or dies."""
+        if not self.ended:
+            self._cancel()
+
+    async def arrived(self) -> None:
+        """Wait until there is something to take; raises the error the request ended with, if that is all there is."""
+        while not self._deltas:
+            if self._error is not None:
+                raise self._error
+            if self.ended:
+                return
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def take(self) -> list[Delta]:
+        """Everything that has arrived since the last look."""
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _end(self) -> None:
+        for act in self._then:
+            act()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class WorkerClient(asyncio.Protocol):
+    """A worker process. Made by ``start``; becomes useful with ``load``; ends with ``stop`` or by itself."""
+
+    def __init__(self) -> None:
+        self.model_id = "spare"
+        self.steps = 0
+        self.depths = (0, 0)
+        self._process: _Process | None = None
+        self._transport: asyncio.Transport | None = None
+        self._splitter = protocol.FrameSplitter()
+        self._streams: dict[int, WorkerStream] = {}
+        self._next_id = 1
+        self._facts: ModelFacts | None = None
+        self._on_exit: Callable[[WorkerExit], None] | None = None
+        self._stopping = False
+        self._socket_lost = False
+        loop = asyncio.get_running_loop()
+        self._hello: asyncio.Future[None] = loop.create_future()
+        self._loaded: asyncio.Future[None] = loop.create_future()
+        self._gone: asyncio.Future[WorkerExit] = loop.create_future()
+
+    @classmethod
+    async def start(cls, *, echo: bool) -> "WorkerClient":
+        """Start a process; it imports its backend while the caller does other things."""
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        client = cls()
+        arguments = [sys.executable, "-m", "opta_lmx.inference.worker", "--fd", str(theirs.fileno())]
+        try:
+            transport, process = await loop.subprocess_exec(
+                lambda: _Process(client),
+                *arguments,
+                *(["--echo"] if echo else []),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # a terminal's Ctrl-C reaches the server alone
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+            )
+        finally:
+            theirs.close()
+        process.transport = transport
+        client._process = process
+        await loop.connect_accepted_socket(lambda: client, ours)
+        return client
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the worker said of its model; only after ``load``."""
+        assert self._facts is not None
+        return self._facts
+
+    @property
+    def alive(self) -> bool:
+        """False once its end was noticed."""
+        return not self._gone.done()
+
+    async def load(self, files: ModelFiles, options: LoadOptions, on_exit: Callable[[WorkerExit], None]) -> None:
+        """Load a model; raises LoadFailed, and then the process has gone. ``on_exit`` is for ends after that."""
+        self.model_id = files.id
+        try:
+            async with asyncio.timeout(_HELLO_SECONDS):
+                await self._until(self._hello)
+            self._send(protocol.Load(files.id, str(files.path), options))
+            async with asyncio.timeout(_LOAD_SECONDS):
+                await self._until(self._loaded)
+        except TimeoutError as error:
+            await self.stop(0)
+            raise LoadFailed(files.id, "the worker did not become ready in time") from error
+        except BaseException:
+            await self.stop(0)
+            raise
+        self._on_exit = on_exit
+
+    def generate(self, request: GenerateRequest, on_end: Callable[[], None]) -> WorkerStream:
+        """Send a request; raises WorkerLost if the process has gone."""
+        if not self.alive or self._socket_lost:
+            raise WorkerLost(self.model_id, "it had already ended")
+        id, self._next_id = self._next_id, self._next_id + 1
+
+        def end() -> None:
+            del self._streams[id]
+            on_end()
+
+        stream = WorkerStream(request.sampling.n, lambda: self._send(protocol.Cancel(id)), end)
+        self._streams[id] = stream
+        self._send(protocol.Generate(id, request.request_id, request.prompt, request.sampling, request.structured))
+        return stream
+
+    async def stop(self, grace_seconds: float) -> None:
+        """1 ask, 2 SIGTERM to its group after the grace, 3 SIGKILL, 4 reap. Safe to call twice."""
+        self._stopping = True
+        if grace_seconds > 0 and self.alive:
+            self._send(protocol.Stop())
+            if await self._gone_within(grace_seconds):
+                return
+        for number, seconds in ((signal.SIGTERM, _TERM_SECONDS), (signal.SIGKILL, None)):
+            self._signal(number)
+            if await self._gone_within(seconds):
+                return
+
+    async def _gone_within(self, seconds: float | None) -> bool:
+        done, _ = await asyncio.wait([self._gone], timeout=seconds)
+        return bool(done)
+
+    async def _until(self, event: asyncio.Future[None]) -> None:
+        """Wait for a frame or for the end, whichever comes first."""
+        await asyncio.wait([event, self._gone], return_when=asyncio.FIRST_COMPLETED)
+        if event.done():
+            event.result()
+            return
+        raise LoadFailed(self.model_id, f"the worker ended while loading ({describe(self._gone.result())})")
+
+    def _send(self, frame: protocol.FromServer) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(protocol.encode(frame))
+
+    def _signal(self, number: int) -> None:
+        if self.alive:
+            try:
+                os.killpg(self.pid, number)
+            except ProcessLookupError:
+                pass  # it ended between the look and the signal; the end is on its way as an event
+
+    # -- callbacks of the event loop ---------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The socket is up."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Dispatch every complete frame."""
+        try:
+            for body in self._splitter.feed(data):
+                self._dispatch(protocol.decode_from_worker(body))
+        except protocol.ProtocolError as error:
+            _log.error("worker_frame_refused", model=self.model_id, pid=self.pid, reason=str(error))
+            self._signal(signal.SIGKILL)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The worker closed its end: it is dead or as good as dead."""
+        self._socket_lost = True
+        self._signal(signal.SIGKILL)
+        self._finish_if_done()
+
+    def process_ended(self) -> None:
+        """The process was reaped and its stderr read to the end."""
+        self._finish_if_done()
+
+    def _dispatch(self, frame: protocol.FromWorker) -> None:
+        if isinstance(frame, protocol.Step):
+            self.steps = frame.steps
+            self.depths = (frame.running, frame.waiting)
+            streams = self._streams
+            for id, delta in frame.deltas:
+                if (stream := streams.get(id)) is not None:
+                    stream.push(delta)
+        elif isinstance(frame, protocol.Idle):
+            self.steps, self.depths = frame.steps, (0, 0)
+        elif isinstance(frame, protocol.Hello):
+            self._greet(frame)
+        elif isinstance(frame, protocol.Ready):
+            self._facts = frame.facts
+            self._loaded.set_result(None)
+        elif isinstance(frame, protocol.LoadError):
+            self._loaded.set_exception(LoadFailed(self.model_id, frame.reason))
+        else:
+            self._answer(frame)
+
+    def _greet(self, frame: protocol.Hello) -> None:
+        if frame.version != protocol.VERSION:
+            raise protocol.ProtocolError(f"the worker speaks version {frame.version}, not {protocol.VERSION}")
+        self._hello.set_result(None)
+
+    def _answer(self, frame: protocol.Started | protocol.Refused | protocol.Failed) -> None:
+        stream = self._streams.get(frame.id)
+        if stream is None:
+            return
+        if isinstance(frame, protocol.Started):
+            stream.began(frame)
+        elif isinstance(frame, protocol.Failed):
+            stream.fail(GenerationFailed(f"The model could not finish this answer: {frame.message}"))
+        else:
+            stream.fail(_refusal(frame))
+
+    def _finish_if_done(self) -> None:
+        process = self._process
+        if process is None or not (self._socket_lost and process.ended) or self._gone.done():
+            return
+        exit = WorkerExit(self.pid, process.exit_code, process.stderr_tail, self._stopping)
+        self._gone.set_result(exit)
+        for stream in list(self._streams.values()):
+            stream.fail(WorkerLost(self.model_id, describe(exit)))
+        if self._on_exit is not None:
+            self._on_exit(exit)
+
+
+class _Process(asyncio.SubprocessProtocol):
+    """Collects a worker's last words and its exit code."""
+
+    def __init__(self, client: WorkerClient) -> None:
+        self.transport: asyncio.SubprocessTransport | None = None
+        self.ended = False
+        self._client = client
+        self._partial = b""
+        self._lines: deque[str] = deque(maxlen=_STDERR_TAIL_LINES)
+
+    @property
+    def pid(self) -> int:
+        assert self.transport is not None
+        return self.transport.get_pid()
+
+    @property
+    def exit_code(self) -> int | None:
+        """Negative for a signal, as in subprocess."""
+        assert self.transport is not None
+        return self.transport.get_returncode()
+
+    @property
+    def stderr_tail(self) -> str:
+        return "\n".join(self._lines)
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        """Pass whole lines of stderr on to the log, and keep the last ones."""
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        if len(self._partial) > _STDERR_LINE_BYTES:
+            lines, self._partial = [*lines, self._partial], b""
+        for line in lines:
+            self._keep(line)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The process was reaped and its pipes are closed."""
+        if self._partial:
+            self._keep(self._partial)
+        self.ended = True
+        self._client.process_ended()
+
+    def _keep(self, line: bytes) -> None:
+        text = line[:_STDERR_LINE_BYTES].decode("utf-8", "replace").rstrip()
+        if text:
+            self._lines.append(text)
+            _log.info("worker_stderr", model=self._client.model_id, line=text)
+
+
+def describe(exit: WorkerExit) -> str:
+    """How a worker ended, in words, with its last line."""
+    code = exit.exit_code
+    if code is None:
+        how = "no exit code"
+    elif code < 0:
+        how = f"signal {signal.Signals(-code).name}"
+    else:
+        how = f"exit code {code}"
+    last = exit.stderr_tail.rsplit("\n", 1)[-1]
+    return f"{how}: {last}" if last else how
+
+
+def _refusal(frame: protocol.Refused) -> LmxError:
+    if frame.kind == "context":
+        return ContextTooLong(frame.prompt_tokens, frame.context_length, param=frame.param or "messages")
+    if frame.kind == "unsupported":
+        return UnsupportedParameter(frame.message, param=frame.param)
+    return InvalidRequest(frame.message, param=frame.param, code=frame.code)

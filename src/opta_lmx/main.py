@@ -1,0 +1,232 @@
+"""The one place where the rooms are wired, started and stopped."""
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import anyio
+import anyio.abc
+import uvicorn
+from fastapi import FastAPI
+
+from opta_lmx import __version__
+from opta_lmx.api.routes import build_app
+from opta_lmx.api.services import Services
+from opta_lmx.config import Config
+from opta_lmx.errors import LmxError
+from opta_lmx.inference.engine import InferenceEngine
+from opta_lmx.inference.spawner import WorkerSpawner
+from opta_lmx.manager.memory import MemoryMonitor, SystemProbe
+from opta_lmx.manager.model import ModelManager
+from opta_lmx.manager.residency import Residency
+from opta_lmx.monitoring.logging import configure_logging, get_logger
+from opta_lmx.types import LoadOptions, ModelFiles
+
+# Once the drain is over nothing should be open; a connection that is gets this long before it is cut.
+_CONNECTION_GRACE_SECONDS = 2
+_STOP_WORKERS_SECONDS = 15.0
+_TICK_SECONDS = 1.0
+_DRAIN_LOOK_SECONDS = 0.05
+
+# ``prefix_cache.ram_bytes: auto``: large enough for tens of chats on a 48 GB machine, small beside any model on a 512 GB one.
+_PREFIX_CACHE_SHARE = 0.05
+_PREFIX_CACHE_MOST_BYTES = 8 * 1024**3
+
+_log = get_logger("main")
+
+
+class Supervisor:
+    """Owns every background task. One that fails takes the server down: no server runs with a dead organ."""
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self._group: anyio.abc.TaskGroup | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Tasks can be started inside; leaving cancels them."""
+        async with anyio.create_task_group() as group:
+            self._group = group
+            try:
+                yield
+            finally:
+                self._group = None
+                group.cancel_scope.cancel()
+
+    def start_soon(self, func: Callable[..., Awaitable[object]], /, *args: object) -> None:
+        """Run a coroutine function in the background."""
+        if self._group is not None:
+            self._group.start_soon(self._supervise, func, args)
+
+    async def _supervise(self, func: Callable[..., Awaitable[object]], args: tuple[object, ...]) -> None:
+        try:
+            await func(*args)
+        except Exception as error:
+            name = getattr(func, "__qualname__", repr(func))
+            _log.critical("task_failed", task=name, exc_info=True)
+            self.failure = self.failure or error
+            self.on_failure()
+
+
+class Runtime:
+    """Everything a running server holds, built from its configuration and from nothing else."""
+
+    def __init__(self, config: Config) -> None:
+        started = time.monotonic()
+        self.config = config
+        self.supervisor = Supervisor()
+        self.memory = MemoryMonitor(config.memory, SystemProbe())
+        self.models = ModelManager(config.models)
+        self.spawner = WorkerSpawner(
+            keep_spare=config.models.spare_worker, start_soon=self.supervisor.start_soon
+        )
+        self.residency = Residency(
+            config=config.models,
+            memory=self.memory,
+            spawn=self.spawner,
+            options=self._load_options,
+            tasks=self.supervisor,
+            auto_evict=config.memory.auto_evict_lru,
+        )
+        self.engine = InferenceEngine(config, self.models, self.residency)
+        self.services = Services(
+            config=config,
+            engine=self.engine,
+            models=self.models,
+            residency=self.residency,
+            memory=self.memory,
+            uptime=lambda: time.monotonic() - started,
+        )
+
+    def app(self) -> FastAPI:
+        """The ASGI application, with this runtime's lifespan."""
+        return build_app(self.services, self._lifespan)
+
+    @asynccontextmanager
+    async def _lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
+        async with self.supervisor.running():
+            for work in (self.spawner.warm, self._tick_forever, self._load_wanted):
+                self.supervisor.start_soon(work)
+            try:
+                yield
+            finally:
+                with anyio.move_on_after(_STOP_WORKERS_SECONDS, shield=True):
+                    await self.residency.close()
+                    await self.spawner.close()
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await anyio.sleep(_TICK_SECONDS)
+            self.residency.step(time.monotonic())
+
+    async def _load_wanted(self) -> None:
+        """Import the starter, so that the first request finds it ready, and load what the configuration asks for."""
+        models = self.config.models
+        if models.starter:
+            await self._try("starter_import_failed", self.models.ensure_local, models.default_model)
+        for name in models.auto_load:
+            await self._try("auto_load_failed", self.engine.load_model, name)
+
+    async def _try(self, event: str, work: Callable[[str], Awaitable[object]], name: str) -> None:
+        try:
+            await work(name)
+        except LmxError as error:
+            _log.error(event, model=name, reason=str(error))
+
+    def _load_options(self, files: ModelFiles) -> LoadOptions:
+        scheduling = self.config.scheduling
+        per_model = self.config.models.per_model.get(files.id)
+        return LoadOptions(
+            max_running=scheduling.max_running,
+            prefill_chunk_tokens=scheduling.prefill_chunk_tokens,
+            stall_bound_seconds=scheduling.stall_bound_seconds,
+            prefix_cache_bytes=self._prefix_cache_bytes(),
+            context_length=per_model.context_length if per_model else None,
+            kv_bits=per_model.kv_bits if per_model else None,
+            echo=files.echo,
+        )
+
+
+    def _prefix_cache_bytes(self) -> int:
+        """One model's budget: the configured one, or a share of the memory cap."""
+        configured = self.config.scheduling.prefix_cache.ram_bytes
+        if configured != "auto":
+            return configured
+        return min(_PREFIX_CACHE_MOST_BYTES, int(self.memory.limit_bytes * _PREFIX_CACHE_SHARE))
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our own way to stop: SIGTERM drains and exits 0, a second one ends at once."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        server = runtime.config.server
+        super().__init__(
+            uvicorn.Config(
+                runtime.app(),
+                host=server.host,
+                port=server.port,
+                loop="uvloop",
+                http="httptools",
+                lifespan="on",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_CONNECTION_GRACE_SECONDS,
+            )
+        )
+        self._runtime = runtime
+        runtime.supervisor.on_failure = self._stop_now
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Takes the place of uvicorn's handlers, which end the process by re-raising the signal."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._asked_to_stop)
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start listening, and say so."""
+        await super().startup(sockets)
+        if self.started:
+            server = self._runtime.config.server
+            _log.info("server_started", version=__version__, url=f"http://{server.host}:{server.port}")
+
+    def _stop_now(self) -> None:
+        self.should_exit = True
+
+    def _asked_to_stop(self) -> None:
+        engine = self._runtime.engine
+        if engine.draining:
+            self.force_exit = True
+            self.should_exit = True
+            return
+        engine.draining = True
+        _log.info("drain_started", running=sum(running for running, _ in engine.queue_depths().values()))
+        self._runtime.supervisor.start_soon(self._drain)
+
+    async def _drain(self) -> None:
+        """Let what runs finish, for at most ``drain_seconds``; new requests are refused meanwhile."""
+        engine = self._runtime.engine
+        with anyio.move_on_after(self._runtime.config.server.drain_seconds):
+            while any(running + waiting for running, waiting in engine.queue_depths().values()):
+                await anyio.sleep(_DRAIN_LOOK_SECONDS)
+        self.should_exit = True
+
+
+def serve(config: Config, config_path: Path | None) -> int:
+    """Run until asked to stop; 0 after a stop, 1 if a part of the server failed."""
+    configure_logging(config.logging)
+    _log.info("config_read", path=str(config_path) if config_path else None)
+    runtime = Runtime(config)
+    server = Server(runtime)
+    server.run()
+    failed = runtime.supervisor.failure is not None or not server.started
+    _log.info("server_stopped", exit_code=int(failed))
+    return int(failed)

@@ -1,0 +1,154 @@
+"""The parent's side of a GGUF import: check the file, run the job in a child process, answer everybody who waits.
+
+The job itself is ``inference/worker/convert.py``; its docstring says how it speaks.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+from anyio import to_thread
+
+from opta_lmx.errors import LmxError
+from opta_lmx.manager.gguf import GgufError, inspect
+from opta_lmx.monitoring.logging import get_logger
+
+_log = get_logger(__name__)
+
+# Rises when an import of the same file would give other bytes: older imports are then made again.
+IMPORT_VERSION = 1
+
+# The directories the job writes to, beside their target (the same word as in convert.py).
+STAGING_SUFFIX = ".import.incomplete"
+
+# The job reports every 16 MiB; a disk that needs longer than this for so little is not working.
+STALL_SECONDS = 300.0
+
+# What is kept of the job's standard error, for the reason of a crash.
+_STDERR_TAIL_BYTES = 4096
+
+
+@dataclass(slots=True)
+class _Job:
+    """One running import. ``error`` is its failure; ``abandoned`` if its caller was cancelled before the end."""
+
+    ended: anyio.Event = field(default_factory=anyio.Event)
+    error: LmxError | GgufError | OSError | None = None
+    abandoned: bool = True
+
+
+class GgufImporter:
+    """Runs at most one job for each target; callers that come meanwhile share its outcome."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._jobs: dict[Path, _Job] = {}
+
+    async def import_gguf(self, source: Path, target: Path, finish: Callable[[], None] | None = None) -> None:
+        """Makes ``target`` an MLX model directory, replacing one that is there.
+
+        ``finish`` runs in a thread once the directory is in place, before anybody is answered. Raises GgufError or
+        OSError, and then nothing is left behind, or what ``finish`` raises. If the caller that runs the job is
+        cancelled, the job is killed and one of those who wait starts it again.
+        """
+        while (running := self._jobs.get(target)) is not None:
+            await running.ended.wait()
+            if running.error is not None:
+                raise running.error
+            if not running.abandoned:
+                return
+        job = self._jobs[target] = _Job()
+        started = self._now()
+        try:
+            await to_thread.run_sync(inspect, source)
+            await _run(source, target)
+            if finish is not None:
+                await to_thread.run_sync(finish)
+            job.abandoned = False
+            _log.info("gguf_imported", source=source.name, seconds=round(self._now() - started, 3))
+        except (LmxError, GgufError, OSError) as error:
+            job.error = error
+            _log.warning("gguf_import_failed", source=source.name, reason=str(error))
+            raise
+        finally:
+            del self._jobs[target]
+            job.ended.set()
+
+
+def discard(directory: Path) -> bool:
+    """Removes a job's directory unless a living job holds it; False if one does."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+async def _run(source: Path, target: Path) -> None:
+    """Runs the job to its end; kills it and removes what it wrote when cancelled or stalled."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "opta_lmx.inference.worker.convert", os.fspath(source), os.fspath(target)),
+        # The write end closes with this process, which ends the job.
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    tail = bytearray()
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(_read_tail, process.stderr, tail)
+            refusal = await _read_progress(process.stdout)
+        code = await process.wait()
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            with anyio.CancelScope(shield=True):
+                await process.wait()
+                await to_thread.run_sync(discard, target.with_name(target.name + STAGING_SUFFIX))
+    if refusal is not None:
+        raise GgufError(refusal)
+    if code != 0:
+        last = tail.decode(errors="replace").strip().rpartition("\n")[2]
+        raise GgufError(f"the import ended with exit code {code}" + (f" ({last})" if last else ""))
+
+
+async def _read_progress(stdout: asyncio.StreamReader) -> str | None:
+    """Reads the job's lines to their end; the reason if it refused. Raises GgufError if it stalls."""
+    refusal: str | None = None
+    while True:
+        try:
+            with anyio.fail_after(STALL_SECONDS):
+                line = await stdout.readline()
+        except TimeoutError:
+            raise GgufError(f"the import made no progress for {STALL_SECONDS:.0f} seconds") from None
+        if not line:
+            return refusal
+        refusal = json.loads(line).get("error", refusal)
+
+
+async def _read_tail(stderr: asyncio.StreamReader, tail: bytearray) -> None:
+    while chunk := await stderr.read(_STDERR_TAIL_BYTES):
+        tail += chunk
+        del tail[:-_STDERR_TAIL_BYTES]

@@ -1,0 +1,192 @@
+"""models.lock: what every file of a model was when it came to this machine, and whether it still is.
+
+One JSON file in the models directory, replaced atomically, readable by its owner only. Everything here blocks
+(hashing runs at disk speed), so callers on the event loop use a thread for ``record`` and ``verify``;
+``is_unchanged`` only looks at sizes and times. Several processes may share one models directory: writers take a
+lock on it, and readers notice a new file.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from opta_lmx.errors import IntegrityMismatch
+
+LOCK_NAME = "models.lock"
+
+# Stands in an IntegrityMismatch where the record or the disk has no such file.
+_ABSENT = "no such file"
+
+
+class Verdict(StrEnum):
+    """How a file was found to be right."""
+
+    UNCHANGED = "unchanged"  # size, time and inode are those of the last hash
+    VERIFIED = "verified"  # hashed now
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """One file. ``mtime_ns`` and ``inode`` stand for "not touched since ``sha256`` was computed"."""
+
+    size: int
+    sha256: str
+    mtime_ns: int
+    inode: int
+
+    def stands_for(self, found: os.stat_result) -> bool:
+        return (self.size, self.mtime_ns, self.inode) == (found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+class ModelRecord(msgspec.Struct, frozen=True):
+    """``source`` is a repository or a file's name, ``revision`` what tells two states of it apart."""
+
+    source: str
+    revision: str
+    files: dict[str, FileRecord]
+
+
+class _LockFile(msgspec.Struct):
+    version: int = 1
+    models: dict[str, ModelRecord] = {}
+
+
+_decoder = msgspec.json.Decoder(_LockFile)
+
+
+class ModelsLock:
+    """The records of one models directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._path = directory / LOCK_NAME
+        # What models.lock held when it last had this status; one attribute, because threads read it too.
+        self._cached: tuple[os.stat_result, Mapping[str, ModelRecord]] | None = None
+
+    def find(self, model_id: str) -> ModelRecord | None:
+        """The record, None if there is none. Raises IntegrityMismatch if models.lock itself cannot be read."""
+        return self._read().get(model_id)
+
+    def record(self, model_id: str, directory: Path, source: str, revision: str) -> None:
+        """Hashes every file of the model and writes the record, replacing an older one."""
+        files = {name: _hash(path) for name, path in _files(directory)}
+        with self._changing() as models:
+            models[model_id] = ModelRecord(source, revision, files)
+
+    def forget(self, model_id: str) -> None:
+        """Removes the record, if there is one."""
+        if model_id in self._read():
+            with self._changing() as models:
+                models.pop(model_id, None)
+
+    def is_unchanged(self, model_id: str, directory: Path) -> bool:
+        """True if the model is recorded and no file was touched since its last hash; reads no file."""
+        record = self.find(model_id)
+        if record is None:
+            return False
+        try:
+            found = {name: path.stat() for name, path in _files(directory)}
+        except FileNotFoundError:
+            return False
+        return found.keys() == record.files.keys() and all(
+            record.files[name].stands_for(status) for name, status in found.items()
+        )
+
+    def verify(self, model_id: str, directory: Path, *, full: bool = False) -> dict[str, Verdict]:
+        """Checks every file against the record; empty for a model without one, which is allowed.
+
+        Hashes what was touched since its last hash, everything if ``full``. Raises IntegrityMismatch with the
+        first file that is missing, added or different; its ``path`` is relative to the model's directory.
+        """
+        record = self.find(model_id)
+        if record is None:
+            return {}
+        found = dict(_files(directory))
+        verdicts: dict[str, Verdict] = {}
+        fresh: dict[str, FileRecord] = {}
+        for name in sorted(found.keys() | record.files.keys()):
+            before, path = record.files.get(name), found.get(name)
+            if before is not None and path is not None and not full and before.stands_for(path.stat()):
+                verdicts[name] = Verdict.UNCHANGED
+                continue
+            now = None if path is None else _hash(path)
+            if now is None or before is None or now.sha256 != before.sha256:
+                expected, actual = (_ABSENT if state is None else state.sha256 for state in (before, now))
+                raise IntegrityMismatch(name, expected, actual)
+            verdicts[name] = Verdict.VERIFIED
+            fresh[name] = now
+        if any(record.files[name] != now for name, now in fresh.items()):
+            with self._changing() as models:
+                if models.get(model_id) == record:
+                    models[model_id] = ModelRecord(record.source, record.revision, record.files | fresh)
+        return verdicts
+
+    def _read(self) -> Mapping[str, ModelRecord]:
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return {}
+        cached = self._cached
+        if cached is None or not _same(cached[0], found):
+            cached = self._cached = (found, self._decode().models)
+        return cached[1]
+
+    def _decode(self) -> _LockFile:
+        try:
+            lock = _decoder.decode(self._path.read_bytes())
+        except FileNotFoundError:
+            return _LockFile()
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise IntegrityMismatch(LOCK_NAME, expected="the records of the models", actual=str(error)) from error
+        if lock.version != 1:
+            raise IntegrityMismatch(LOCK_NAME, expected="version 1", actual=f"version {lock.version}")
+        return lock
+
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, ModelRecord]]:
+        """The present records, written back at the end; only one process or thread is inside."""
+        guard = os.open(self._directory, os.O_RDONLY)
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            lock = self._decode()
+            yield lock.models
+            self._write(msgspec.json.format(msgspec.json.encode(lock), indent=1))
+        finally:
+            os.close(guard)
+
+    def _write(self, text: bytes) -> None:
+        fresh = self._directory / f".{LOCK_NAME}.new"
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self._path)
+
+
+def _files(directory: Path) -> Iterator[tuple[str, Path]]:
+    """Every file below the directory by its relative name; hidden ones are not the model's."""
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        prefix = "" if folder == str(directory) else Path(folder).relative_to(directory).as_posix() + "/"
+        for name in names:
+            path = directory / prefix / name
+            if not name.startswith(".") and path.is_file():
+                yield prefix + name, path
+
+
+def _hash(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        # Before the bytes: a change while they are read must not pass for the state that was hashed.
+        status = os.fstat(file.fileno())
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(status.st_size, sha256, status.st_mtime_ns, status.st_ino)
+
+
+def _same(a: os.stat_result, b: os.stat_result) -> bool:
+    return (a.st_ino, a.st_mtime_ns, a.st_size) == (b.st_ino, b.st_mtime_ns, b.st_size)

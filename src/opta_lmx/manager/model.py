@@ -1,0 +1,217 @@
+"""The owner of the models on disk: which there are, and loadable files for each.
+
+Ids come from the listing of the models directory and from nowhere else. A GGUF is listed under its own id and
+imported when it is first needed, the starter to ``<models_directory>/<id>``, every other one to
+``<models_directory>/.imported/<id>``; the files of an import are hashed into models.lock.
+"""
+
+import difflib
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from anyio import to_thread
+
+from opta_lmx.config import ModelsConfig
+from opta_lmx.errors import Conflict, IntegrityMismatch, LoadFailed, ModelNotFound
+from opta_lmx.manager.catalog import Listing, describe, describe_gguf, list_directory
+from opta_lmx.manager.gguf import GgufError
+from opta_lmx.manager.importing import IMPORT_VERSION, STAGING_SUFFIX, GgufImporter, discard
+from opta_lmx.manager.integrity import ModelsLock
+from opta_lmx.manager.starter import StarterModel, starter_files
+from opta_lmx.monitoring.logging import get_logger
+from opta_lmx.types import ModelFiles
+
+_log = get_logger(__name__)
+
+_IMPORTED = ".imported"
+_INCOMPLETE = ".incomplete"
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """The GGUF behind an id. ``revision`` changes when an import of it would give other files."""
+
+    gguf: Path
+    target: Path
+    revision: str
+
+
+class ModelManager:
+    """Lists what was on disk at the last ``refresh``; the constructor makes the first."""
+
+    def __init__(self, config: ModelsConfig) -> None:
+        self._root = config.directory
+        self._starter = starter_files(config)
+        self._importer = GgufImporter()
+        self._lock = ModelsLock(self._root)
+        self._models: dict[str, ModelFiles] = {}
+        self._origins: dict[str, _Origin] = {}
+        # By path: what it looked like when it was described, and the description.
+        self._described: dict[Path, tuple[object, ModelFiles]] = {}
+        self.refresh()
+
+    def list_available(self) -> tuple[ModelFiles, ...]:
+        """Every model on disk by id, those that cannot be loaded included."""
+        return tuple(self._models.values())
+
+    def find(self, model_id: str) -> ModelFiles | None:
+        """The model of exactly this id."""
+        return self._models.get(model_id)
+
+    def refresh(self) -> None:
+        """Looks at the disk again; reads only what has changed. A bad model gets a problem and never raises."""
+        models: dict[str, ModelFiles] = {}
+        origins: dict[str, _Origin] = {}
+        for model_id, directory, listing in self._directories():
+            with suppress(FileNotFoundError):
+                files = self._describe(model_id, directory, listing)
+                loaded = directory
+                if files.format == "gguf":
+                    loaded = self._root / _IMPORTED / model_id
+                    origins[model_id] = _origin(directory, listing, loaded)
+                models[model_id] = replace(files, verified=self._is_verified(model_id, loaded))
+        if self._starter is not None:
+            with suppress(OSError, IntegrityMismatch):
+                self._add_starter(self._starter, models, origins)
+        self._models = dict(sorted(models.items()))
+        self._origins = origins
+        self._discard_left_overs()
+
+    def delete(self, model_id: str) -> int:
+        """Removes a model with its imported form and its record; returns the bytes freed.
+
+        Raises ModelNotFound, Conflict for the starter in its wheel, OSError if a file cannot be removed.
+        """
+        files = self.find(model_id)
+        if files is None:
+            raise self._not_found(model_id)
+        if not files.path.is_relative_to(self._root):
+            raise Conflict(f"{model_id!r} is part of the installation; models.starter: false takes it off the list.")
+        freed = 0
+        for directory in (files.path, self._root / _IMPORTED / model_id):
+            if directory.is_dir():
+                freed += sum(path.lstat().st_size for path in directory.rglob("*") if not path.is_dir())
+                shutil.rmtree(directory)
+                if directory.parent != self._root and not any(directory.parent.iterdir()):
+                    directory.parent.rmdir()
+        self._lock.forget(model_id)
+        _log.info("model_deleted", model=model_id, freed_bytes=freed)
+        self.refresh()
+        return freed
+
+    async def ensure_local(self, model_id: str) -> ModelFiles:
+        """Files that a worker can load, checked against models.lock; imports a GGUF first.
+
+        Raises ModelNotFound; LoadFailed with the model's problem or its import's; IntegrityMismatch. Looks at sizes
+        and times only where nothing was touched since the last hash, so it may be asked for every request.
+        """
+        files = self.find(model_id)
+        if files is None:
+            raise self._not_found(model_id)
+        if files.problem is not None:
+            raise LoadFailed(model_id, files.problem)
+        origin = self._origins.get(model_id)
+        if origin is not None:
+            files = await self._imported(model_id, origin)
+        if self._lock.find(model_id) is None:
+            return files
+        if not self._lock.is_unchanged(model_id, files.path):
+            try:
+                await to_thread.run_sync(self._lock.verify, model_id, files.path)
+            except OSError as error:
+                raise LoadFailed(model_id, f"its files cannot be read ({error.strerror})") from error
+        return replace(files, verified=True)
+
+    async def _imported(self, model_id: str, origin: _Origin) -> ModelFiles:
+        record = self._lock.find(model_id)
+        try:
+            if record is None or record.revision != origin.revision or not origin.target.is_dir():
+                await self._importer.import_gguf(origin.gguf, origin.target, lambda: self._record(model_id, origin))
+                self.refresh()
+            files = self._describe(model_id, origin.target, list_directory(origin.target, self._root.resolve()))
+        except GgufError as error:
+            raise LoadFailed(model_id, f"{origin.gguf.name}: {error.reason}") from error
+        except OSError as error:
+            raise LoadFailed(model_id, f"its import failed ({error.strerror})") from error
+        if files.problem is not None:
+            raise LoadFailed(model_id, files.problem)
+        return files
+
+    def _record(self, model_id: str, origin: _Origin) -> None:
+        self._lock.record(model_id, origin.target, origin.gguf.name, origin.revision)
+
+    def _directories(self) -> Iterator[tuple[str, Path, Listing]]:
+        """``name`` or ``publisher/name`` with its directory, for everything that is or was meant to be a model."""
+        root = self._root.resolve()
+        for name in _folders(self._root, root):
+            listing = _list(self._root / name, root)
+            if listing is not None and listing.looks_like_model:
+                yield name, self._root / name, listing
+                continue
+            for inner in _folders(self._root / name, root):
+                below = _list(self._root / name / inner, root)
+                if below is not None and (below.files or below.outside):
+                    yield f"{name}/{inner}", self._root / name / inner, below
+
+    def _describe(self, model_id: str, directory: Path, listing: Listing) -> ModelFiles:
+        known = self._described.get(directory)
+        if known is not None and known[0] == listing.fingerprint:
+            return known[1]
+        files = describe(model_id, directory, listing)
+        self._described[directory] = (listing.fingerprint, files)
+        return files
+
+    def _is_verified(self, model_id: str, directory: Path) -> bool:
+        try:
+            return self._lock.is_unchanged(model_id, directory)
+        except (IntegrityMismatch, OSError):
+            return False
+
+    def _add_starter(self, starter: StarterModel, models: dict[str, ModelFiles], origins: dict[str, _Origin]) -> None:
+        """Lists the wheel's file until its import is there; a directory of that id that is not our import stays."""
+        revision = _revision(starter.revision)
+        if starter.id in models:
+            record = self._lock.find(starter.id)
+            if record is None or record.source != starter.gguf.name or record.revision == revision:
+                return
+        known = self._described.get(starter.gguf)
+        if known is None:
+            known = self._described[starter.gguf] = (None, describe_gguf(starter.id, starter.gguf))
+        models[starter.id] = known[1]
+        origins[starter.id] = _Origin(starter.gguf, starter.target, revision)
+
+    def _discard_left_overs(self) -> None:
+        """Removes what imports that were killed have left; those that run hold a lock on theirs."""
+        for left_over in (
+            *self._root.glob("*" + STAGING_SUFFIX),
+            *(self._root / _IMPORTED).rglob("*" + STAGING_SUFFIX),
+        ):
+            discard(left_over)
+
+    def _not_found(self, model_id: str) -> ModelNotFound:
+        return ModelNotFound(model_id, difflib.get_close_matches(model_id, self._models, n=3))
+
+
+def _origin(directory: Path, listing: Listing, target: Path) -> _Origin:
+    name = listing.ggufs[0]
+    status = listing.files[name]
+    return _Origin(directory / name, target, _revision(f"{status.st_size}-{status.st_mtime_ns}"))
+
+
+def _revision(source: str) -> str:
+    return f"{source} import-{IMPORT_VERSION}"
+
+
+def _list(directory: Path, root: Path) -> Listing | None:
+    try:
+        return list_directory(directory, root)
+    except OSError:
+        return None
+
+
+def _folders(directory: Path, root: Path) -> tuple[str, ...]:
+    listing = _list(directory, root)
+    return tuple(name for name in listing.folders if not name.endswith(_INCOMPLETE)) if listing else ()

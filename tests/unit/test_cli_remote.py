@@ -1,0 +1,212 @@
+"""The verbs that ask a running server: what they send, what they print, and how they end."""
+
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opta_lmx.cli import main
+from opta_lmx.cli.failure import ExitCode
+
+SECRET = "sk-very-secret-1234"
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in [name for name in os.environ if name.startswith("OPTA_LMX")]:
+        monkeypatch.delenv(name)
+
+
+@dataclass
+class FakeServer:
+    """Answers every request with ``status`` and ``body``, and keeps what it was sent."""
+
+    url: str = ""
+    status: int = 200
+    body: bytes = b"{}"
+    interrupt: bool = False
+    seen: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
+
+    def answer(self, body: object, status: int = 200) -> None:
+        self.status, self.body = status, json.dumps(body).encode()
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    """A server on loopback, answered from a thread."""
+    fake = FakeServer()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            sent = json.loads(self.rfile.read(length)) if length else None
+            fake.seen.append((f"{self.command} {self.path}", dict(self.headers.items()), sent))
+            if fake.interrupt:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            self.send_response(fake.status)
+            self.send_header("Content-Length", str(len(fake.body)))
+            self.end_headers()
+            self.wfile.write(fake.body)
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        fake.url = f"http://127.0.0.1:{http.server_port}"
+        try:
+            yield fake
+        finally:
+            http.shutdown()
+            thread.join(timeout=5)
+
+
+def test_ls_prints_a_table(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """ls asks for the models on disk and shows them in columns, sizes in binary units."""
+    server.answer(
+        {
+            "models": [
+                {"id": "a/b", "size_bytes": 3 * 2**29, "context_length": None, "verified": True},
+                {"id": "tiny", "size_bytes": 1000, "context_length": 2048, "verified": False},
+            ]
+        }
+    )
+    assert main(["ls", "--url", server.url]) == ExitCode.DONE
+    assert capsys.readouterr().out.splitlines() == [
+        "id    size_bytes  context_length  verified",
+        "a/b   1.5 GiB     -               yes",
+        "tiny  1000 B      2048            no",
+    ]
+    assert server.seen[0][0] == "GET /admin/models/available"
+
+
+def test_ps_without_models_prints_nothing(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """ps with nothing loaded is done, and its output is empty."""
+    server.answer({"models": []})
+    assert main(["ps", "--url", server.url]) == ExitCode.DONE
+    assert capsys.readouterr() == ("", "")
+    assert server.seen[0][0] == "GET /admin/models"
+
+
+def test_status_prints_an_outline(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """status shows objects with dotted names and lists of objects as tables."""
+    server.answer(
+        {"version": "0.1.0", "memory": {"used_bytes": 2**20, "reason": None}, "models": [{"id": "m", "pins": []}]}
+    )
+    assert main(["status", "--url", server.url]) == ExitCode.DONE
+    assert capsys.readouterr().out.splitlines() == [
+        "version: 0.1.0",
+        "memory.used_bytes: 1.0 MiB",
+        "memory.reason: -",
+        "models:",
+        "  id  pins",
+        "  m   -",
+    ]
+
+
+def test_load_and_unload_name_the_model(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """load and unload post the model's id and say what was done."""
+    server.answer({"success": True, "model_id": "a/b", "memory_after_load_gb": 3.0, "time_to_load_ms": 1234})
+    assert main(["load", "a/b", "--url", f"{server.url}/"]) == ExitCode.DONE
+    server.answer({"success": True, "model_id": "a/b", "memory_freed_gb": 1.5})
+    assert main(["unload", "a/b", "--url", server.url]) == ExitCode.DONE
+    assert capsys.readouterr().out == "a/b loaded in 1.2 s\na/b unloaded, 1.5 GiB freed\n"
+    assert [(line, sent) for line, _, sent in server.seen] == [
+        ("POST /admin/models/load", {"model_id": "a/b"}),
+        ("POST /admin/models/unload", {"model_id": "a/b"}),
+    ]
+
+
+@pytest.mark.parametrize("argv", [["status"], ["ls"], ["ps"], ["load", "m"], ["unload", "m"]])
+def test_json_is_the_servers_answer(server: FakeServer, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    """With --json every verb prints the answer as the server gave it."""
+    answer = {"models": [{"id": "m"}], "time_to_load_ms": 1, "memory_freed_gb": 0.1}
+    server.answer(answer)
+    assert main([*argv, "--url", server.url, "--json"]) == ExitCode.DONE
+    assert json.loads(capsys.readouterr().out) == answer
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [(401, "--admin-key"), (404, "opta-lmx ls"), (409, "opta-lmx ps"), (507, "unload"), (500, "log")],
+)
+def test_refusal_is_told_in_the_servers_words(
+    server: FakeServer, capsys: pytest.CaptureFixture[str], status: int, hint: str
+) -> None:
+    """A refusal ends with 1, the server's message as the error and a way out as the hint."""
+    server.answer({"error": {"message": "No such thing.", "type": "t", "param": None, "code": None}}, status)
+    assert main(["load", "m", "--url", server.url]) == ExitCode.REFUSED
+    error, hinted = capsys.readouterr().err.splitlines()
+    assert error == "error: No such thing."
+    assert hint in hinted
+
+
+def test_silence_and_strangers_are_not_the_server(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit 3 where nobody listens and where what listens does not speak our JSON; a bad address is usage."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        free = closed.getsockname()[1]
+    assert main(["ps", "--port", str(free)]) == ExitCode.UNREACHABLE
+    assert f"error: no server answers at http://127.0.0.1:{free}: Connection refused" in capsys.readouterr().err
+    for body in (b"<html>", b"[1]"):
+        server.body = body
+        assert main(["ps", "--url", server.url]) == ExitCode.UNREACHABLE
+        assert "is not Opta-LMX" in capsys.readouterr().err
+    for url in ("localhost:1234", "ftp://x", "http://", "http://x:99999"):
+        assert main(["ps", "--url", url]) == ExitCode.USAGE
+        assert "is no address of a server" in capsys.readouterr().err
+
+
+def test_server_and_key_come_from_flag_variable_and_settings(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag's key beats the variable's; the settings' key goes only to the server of the settings."""
+    server.answer({"models": []})
+    file = tmp_path / ".opta-lmx" / "config.yaml"
+    file.parent.mkdir()
+    port = server.url.rpartition(":")[2]
+    file.write_text(f"server: {{port: {port}}}\nsecurity: {{admin_key: from-settings}}\n", encoding="utf-8")
+    assert main(["ps"]) == ExitCode.DONE
+    assert main(["ps", "--url", server.url]) == ExitCode.DONE
+    monkeypatch.setenv("OPTA_LMX_URL", server.url)
+    monkeypatch.setenv("OPTA_LMX_ADMIN_KEY", "from-variable")
+    assert main(["ps"]) == ExitCode.DONE
+    assert main(["ps", "--admin-key", "from-flag"]) == ExitCode.DONE
+    keys = [headers.get("X-Admin-Key") for _, headers, _ in server.seen]
+    assert keys == ["from-settings", None, "from-variable", "from-flag"]
+
+
+def test_key_that_no_header_can_carry_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    """An admin key with a line end is refused without being printed."""
+    assert main(["ps", "--url", "http://127.0.0.1:1", "--admin-key", f"{SECRET}\n"]) == ExitCode.USAGE
+    assert SECRET not in capsys.readouterr().err
+
+
+def test_what_nobody_foresaw_ends_with_one(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unexpected exception is one error line, and with --log-level DEBUG its traceback too."""
+    server.answer({})
+    assert main(["ls", "--url", server.url]) == ExitCode.REFUSED
+    quiet = capsys.readouterr().err
+    assert quiet == "error: KeyError: 'models'\nhint: --log-level DEBUG shows where it failed\n"
+    assert main(["ls", "--url", server.url, "--log-level", "DEBUG"]) == ExitCode.REFUSED
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupt_ends_with_130(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """Control-C while waiting for the server ends the command quietly, as the shell expects."""
+    server.interrupt = True
+    assert main(["status", "--url", server.url]) == ExitCode.INTERRUPTED
+    assert capsys.readouterr() == ("", "")
