@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import anyio
-import anyio.abc
 import uvicorn
 from fastapi import FastAPI
 
@@ -30,9 +29,8 @@ from opta_lmx.types import LoadOptions, ModelFiles
 _CONNECTION_GRACE_SECONDS = 2
 _STOP_WORKERS_SECONDS = 15.0
 _TICK_SECONDS = 1.0
-_DRAIN_LOOK_SECONDS = 0.05
 
-# ``prefix_cache.ram_bytes: auto``: large enough for tens of chats on a 48 GB machine, small beside any model on a 512 GB one.
+# ``prefix_cache.ram_bytes: auto``: tens of chats on a 48 GB machine, and small beside any model on a 512 GB one.
 _PREFIX_CACHE_SHARE = 0.05
 _PREFIX_CACHE_MOST_BYTES = 8 * 1024**3
 
@@ -40,33 +38,42 @@ _log = get_logger("main")
 
 
 class Supervisor:
-    """Owns every background task. One that fails takes the server down: no server runs with a dead organ."""
+    """Owns every background task. One that fails takes the server down: no server runs with a dead organ.
+
+    Plain asyncio tasks, because they are also started from callbacks of the event loop (a worker's end, a signal),
+    where anyio's groups cannot be entered.
+    """
 
     def __init__(self) -> None:
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
-        self._group: anyio.abc.TaskGroup | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open = False
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Tasks can be started inside; leaving cancels them."""
-        async with anyio.create_task_group() as group:
-            self._group = group
-            try:
-                yield
-            finally:
-                self._group = None
-                group.cancel_scope.cancel()
+        """Tasks can be started inside; leaving cancels them and waits for their end."""
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
 
     def start_soon(self, func: Callable[..., Awaitable[object]], /, *args: object) -> None:
-        """Run a coroutine function in the background."""
-        if self._group is not None:
-            self._group.start_soon(self._supervise, func, args)
+        """Run a coroutine function in the background; nothing happens once the server is ending."""
+        if self._open:
+            task = asyncio.get_running_loop().create_task(self._supervise(func, args))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _supervise(self, func: Callable[..., Awaitable[object]], args: tuple[object, ...]) -> None:
         try:
             await func(*args)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a border: whatever ends a task ends the server, and says so
             name = getattr(func, "__qualname__", repr(func))
             _log.critical("task_failed", task=name, exc_info=True)
             self.failure = self.failure or error
@@ -82,9 +89,7 @@ class Runtime:
         self.supervisor = Supervisor()
         self.memory = MemoryMonitor(config.memory, SystemProbe())
         self.models = ModelManager(config.models)
-        self.spawner = WorkerSpawner(
-            keep_spare=config.models.spare_worker, start_soon=self.supervisor.start_soon
-        )
+        self.spawner = WorkerSpawner(keep_spare=config.models.spare_worker, start_soon=self.supervisor.start_soon)
         self.residency = Residency(
             config=config.models,
             memory=self.memory,
@@ -151,7 +156,6 @@ class Runtime:
             echo=files.echo,
         )
 
-
     def _prefix_cache_bytes(self) -> int:
         """One model's budget: the configured one, or a share of the memory cap."""
         configured = self.config.scheduling.prefix_cache.ram_bytes
@@ -215,8 +219,7 @@ class Server(uvicorn.Server):
         """Let what runs finish, for at most ``drain_seconds``; new requests are refused meanwhile."""
         engine = self._runtime.engine
         with anyio.move_on_after(self._runtime.config.server.drain_seconds):
-            while any(running + waiting for running, waiting in engine.queue_depths().values()):
-                await anyio.sleep(_DRAIN_LOOK_SECONDS)
+            await engine.idle()
         self.should_exit = True
 
 

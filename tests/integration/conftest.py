@@ -136,8 +136,9 @@ def _start(home: Path, models: Models, sections: Mapping[str, dict[str, Any]]) -
     port = _free_port()
     config: dict[str, dict[str, Any]] = {
         "server": {"host": "127.0.0.1", "port": port, "drain_seconds": 2},
-        # A spare would import MLX beside every test.
+        # A spare would import MLX beside every test, and a prefix cache would take room no echo model uses.
         "models": {"models_directory": str(models_directory), "starter": False, "spare_worker": False},
+        "scheduling": {"prefix_cache": {"ram_bytes": 0}},
     }
     for name, section in sections.items():
         config[name] = config.get(name, {}) | section

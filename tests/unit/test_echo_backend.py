@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from opta_lmx.errors import ContextTooLong, InvalidRequest, LoadFailed, UnsupportedParameter
 from opta_lmx.inference.protocol import Failed, Generate, Load, Started
 from opta_lmx.inference.worker.backend import Backend
-from opta_lmx.inference.worker.echo_backend import FAIL_WORD, EchoBackend, decode, encode, read_echo_options
+from opta_lmx.inference.worker.echo_backend import FAIL_WORD, EchoBackend, decode, encode
 from opta_lmx.types import (
     ChatPrompt,
     Delta,
@@ -298,19 +297,3 @@ def test_a_step_can_be_made_to_hang() -> None:
     with pytest.raises(_ProcessEnded):
         backend.step()
     assert naps == [3600, 3600, 3600]
-
-
-def test_a_directory_with_echo_json_is_an_echo_model(tmp_path: Path) -> None:
-    """Its options are read from there, by the server and by a load without options."""
-    assert read_echo_options(tmp_path) is None
-    (tmp_path / "echo.json").write_bytes(msgspec.json.encode(EchoOptions(context_length=7)))
-    assert read_echo_options(tmp_path) == EchoOptions(context_length=7)
-    assert EchoBackend().load(Load("echo", str(tmp_path), LoadOptions())).context_length == 7
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"tokn_seconds": 1}', '{"exit_at": "soon"}'])
-def test_a_bad_echo_json_is_a_failed_load(tmp_path: Path, text: str) -> None:
-    """A misspelt failure would otherwise be a test that tests nothing."""
-    (tmp_path / "echo.json").write_text(text)
-    with pytest.raises(LoadFailed, match=r"echo\.json"):
-        read_echo_options(tmp_path)

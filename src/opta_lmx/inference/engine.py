@@ -5,8 +5,10 @@ choice's finish, with one error, or with ``aclose``; slot and lease come back wh
 not when the caller stops listening.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 
 from opta_lmx.config import Config
 from opta_lmx.errors import Draining, WorkerLost
@@ -71,19 +73,33 @@ class InferenceEngine:
         self._residency = residency
         self._now = now
         self._admissions: dict[str, Admission] = {}
+        self._open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.draining = False
 
     async def open(self, request: GenerateRequest) -> Generation:
         """Start a request and wait for its first token. Raises any LmxError; then nothing is held."""
         model_id = self._admit_name(request.model)
-        slot = await self._admission(model_id).enter()
+        self._open += 1
+        self._idle.clear()
+        slot: Slot | None = None
         try:
+            slot = await self._admission(model_id).enter()
             files = await self._models.ensure_local(model_id)
-            stream = await self._start(request, files, slot)
+            stream = await self._start(request, files)
         except BaseException:
-            slot.release()
+            self._close(slot)
             raise
+        if stream.ended:
+            self._close(slot)
+        else:
+            stream.then(partial(self._close, slot))
         return Generation(request.request_id, model_id, stream)
+
+    async def idle(self) -> None:
+        """Wait until no request is open."""
+        await self._idle.wait()
 
     async def load_model(self, name: str) -> LoadResult:
         """Have a model in memory; joins a load in flight. Raises as a request for it would."""
@@ -117,24 +133,26 @@ class InferenceEngine:
             self._admissions[model_id] = admission
         return admission
 
-    async def _start(self, request: GenerateRequest, files: ModelFiles, slot: Slot) -> WorkerStream:
+    def _close(self, slot: Slot | None) -> None:
+        """Give back what an open request held."""
+        if slot is not None:
+            slot.release()
+        self._open -= 1
+        if self._open == 0:
+            self._idle.set()
+
+    async def _start(self, request: GenerateRequest, files: ModelFiles) -> WorkerStream:
         """Lease, send, wait for the first token; once more if the worker dies before it."""
         starts = 0
         while True:
             lease = await self._residency.lease(files)
             starts += 1
             try:
-                stream = await self._first_token(request, lease)
+                return await self._first_token(request, lease)
             except WorkerLost as error:
                 _log.warning("request_start_lost", request_id=request.request_id, model=files.id, cause=error.cause)
                 if starts == _STARTS:
                     raise
-                continue
-            if stream.ended:
-                slot.release()
-            else:
-                stream.then(slot.release)
-            return stream
 
     async def _first_token(self, request: GenerateRequest, lease: Lease) -> WorkerStream:
         worker = lease.worker

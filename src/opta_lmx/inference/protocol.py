@@ -5,7 +5,6 @@ meaning; the worker's Hello carries it, and a mismatch ends the worker before it
 """
 
 import struct
-from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -171,10 +170,11 @@ class FrameSplitter:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yields every complete body; raises ProtocolError at a length past MAX_FRAME_BYTES."""
+    def feed(self, data: bytes) -> list[bytes]:
+        """Every body that is complete now; raises ProtocolError at a length past MAX_FRAME_BYTES."""
         buffer = self._buffer
         buffer += data
+        bodies: list[bytes] = []
         start = 0
         while len(buffer) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(buffer, start)
@@ -183,7 +183,7 @@ class FrameSplitter:
             end = start + _LENGTH.size + length
             if len(buffer) < end:
                 break
-            yield bytes(buffer[start + _LENGTH.size : end])
+            bodies.append(bytes(buffer[start + _LENGTH.size : end]))
             start = end
-        if start:
-            del buffer[:start]
+        del buffer[:start]
+        return bodies

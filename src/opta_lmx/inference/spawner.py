@@ -15,15 +15,16 @@ class WorkerSpawner:
         self._keep_spare = keep_spare
         self._start_soon = start_soon
         self._spare: WorkerClient | None = None
+        self._warming = False
         self._closed = False
 
     async def __call__(
         self, model: ModelFiles, options: LoadOptions, on_exit: Callable[[WorkerExit], None]
     ) -> WorkerClient:
         """A worker with the model loaded; raises LoadFailed."""
-        client, self._spare = self._spare, None
-        if options.echo is not None or client is None or not client.alive:
-            self._spare, client = client, await WorkerClient.start(echo=options.echo is not None)
+        client = self._take_spare() if options.echo is None else None
+        if client is None:
+            client = await WorkerClient.start(echo=options.echo is not None)
         try:
             await client.load(model, options, on_exit)
         finally:
@@ -32,13 +33,26 @@ class WorkerSpawner:
 
     async def warm(self) -> None:
         """Start the spare if there is none."""
-        if not self._keep_spare or self._closed or (self._spare is not None and self._spare.alive):
+        if not self._keep_spare or self._closed or self._warming or self._has_spare():
             return
-        spare = await WorkerClient.start(echo=False)
-        if self._closed or self._spare is not None:
+        self._warming = True
+        try:
+            spare = await WorkerClient.start(echo=False)
+        finally:
+            self._warming = False
+        if self._closed:
             await spare.stop(0)
-            return
-        self._spare = spare
+        else:
+            self._spare = spare
+
+    def _has_spare(self) -> bool:
+        return self._spare is not None and self._spare.alive
+
+    def _take_spare(self) -> WorkerClient | None:
+        """The spare, if it lives; a dead one is forgotten."""
+        spare = self._spare if self._has_spare() else None
+        self._spare = None
+        return spare
 
     async def close(self) -> None:
         """End the spare and start no other."""

@@ -11,10 +11,18 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import cast
 
-from opta_lmx.errors import ContextTooLong, GenerationFailed, InvalidRequest, LmxError, LoadFailed, UnsupportedParameter
-from opta_lmx.errors import WorkerLost
+from opta_lmx.errors import (
+    ContextTooLong,
+    GenerationFailed,
+    InvalidRequest,
+    LmxError,
+    LoadFailed,
+    UnsupportedParameter,
+    WorkerLost,
+)
 from opta_lmx.inference import protocol
 from opta_lmx.monitoring.logging import get_logger
 from opta_lmx.types import CacheReport, Delta, GenerateRequest, LoadOptions, ModelFacts, ModelFiles, WorkerExit
@@ -222,7 +230,7 @@ class WorkerClient(asyncio.Protocol):
 
     async def _until(self, event: asyncio.Future[None]) -> None:
         """Wait for a frame or for the end, whichever comes first."""
-        await asyncio.wait([event, self._gone], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((event, self._gone), return_when=asyncio.FIRST_COMPLETED)
         if event.done():
             event.result()
             return
@@ -234,10 +242,8 @@ class WorkerClient(asyncio.Protocol):
 
     def _signal(self, number: int) -> None:
         if self.alive:
-            try:
+            with suppress(ProcessLookupError):  # it ended between the look and the signal; the event is on its way
                 os.killpg(self.pid, number)
-            except ProcessLookupError:
-                pass  # it ended between the look and the signal; the end is on its way as an event
 
     # -- callbacks of the event loop ---------------------------------------------------------------
 

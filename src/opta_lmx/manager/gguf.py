@@ -268,8 +268,6 @@ def _read_tensors(window: _Window, count: int, values: Mapping[str, Scalar]) -> 
         extents.append((window.number("Q"), size, name))
         types[kind] = types.get(kind, 0) + 1
         sizes[kind] = sizes.get(kind, 0) + size
-    if sum(sizes.values()) > window.size:
-        raise GgufError(f"its tensors claim {sum(sizes.values()):,} bytes but the file has {window.size:,}")
     data_start = -(-window.position // alignment) * alignment
     for offset, size, name in extents:
         if offset % alignment:
@@ -277,6 +275,8 @@ def _read_tensors(window: _Window, count: int, values: Mapping[str, Scalar]) -> 
         if data_start + offset + size > window.size:
             missing = data_start + offset + size - window.size
             raise GgufError(f"it is truncated: {missing:,} bytes of the tensor {name!r} are missing")
+    if sum(sizes.values()) > window.size - data_start:
+        raise GgufError("its tensors overlap")
     return types, sizes
 
 

@@ -12,12 +12,15 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str) -> tuple[str, bool]:
-        """Text that is safe to show now, and True once a stop string was met (it and what follows are dropped)."""
+        """Text that is safe to show now, and True once a stop string was met (it and what follows are dropped).
+
+        The one complete first counts, of several that end together the longest: as if each character came alone.
+        """
         held = self._held + text
-        found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
             self._held = ""
-            return held[: min(found)], True
+            return held[: min(found)[1]], True
         keep = self._start_of_a_stop(held)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep], False

@@ -13,8 +13,10 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from typing import Literal, NoReturn
 
-from opta_lmx.errors import ContextTooLong, LoadFailed, RequestRejected
+from opta_lmx.errors import ContextTooLong, LoadFailed, RequestRejected, UnsupportedParameter
 from opta_lmx.inference import protocol
 from opta_lmx.inference.worker.backend import Backend, Prepared
 
@@ -61,13 +63,17 @@ class Worker:
         self._steps = 0
 
     def read_forever(self) -> None:
-        """The reader thread. A frame it cannot read means a server it does not understand: the process ends."""
-        while True:
-            for frame in self._pipe.receive():
-                if isinstance(frame, protocol.Generate):
-                    self._prepare(frame)
-                else:
-                    self._inbox.put(frame)
+        """The reader thread. A frame it cannot read, or a bug, ends the process: it must not live on deaf."""
+        try:
+            while True:
+                for frame in self._pipe.receive():
+                    if isinstance(frame, protocol.Generate):
+                        self._prepare(frame)
+                    else:
+                        self._inbox.put(frame)
+        except Exception:  # noqa: BLE001 - the border of the worker's loop; whatever it is, the process ends with it
+            traceback.print_exc()
+            leave(1)
 
     def run(self) -> None:
         """The owner thread: load once, then serve until Stop."""
@@ -106,7 +112,8 @@ class Worker:
                 )
             )
         except RequestRejected as error:
-            kind = "unsupported" if error.code == "unsupported_parameter" else "invalid"
+            kind: Literal["unsupported", "invalid"]
+            kind = "unsupported" if isinstance(error, UnsupportedParameter) else "invalid"
             self._pipe.send(protocol.Refused(frame.id, kind, str(error), error.param, error.code))
 
     def _drain(self) -> bool:
@@ -126,7 +133,7 @@ class Worker:
             block = block and not self._backend.has_work()
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """End the process without unwinding: a thread inside MLX must not be torn down by the interpreter's own end."""
     sys.stderr.flush()
     os._exit(code)
@@ -143,8 +150,8 @@ def make_backend(echo: bool) -> Backend:
     return VllmBackend()
 
 
-def main() -> None:
-    """Entry point; returns never."""
+def main() -> NoReturn:
+    """Entry point."""
     parser = argparse.ArgumentParser(prog="opta_lmx.inference.worker")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--echo", action="store_true")

@@ -122,7 +122,9 @@ class DecodeBatch:
         if not self._joining:
             return []
         joining, self._joining = self._joining, []
-        merged = [type(layers[0]).merge(list(layers)) for layers in zip(*(cache for _, cache, _ in joining), strict=True)]
+        merged = [
+            type(layers[0]).merge(list(layers)) for layers in zip(*(cache for _, cache, _ in joining), strict=True)
+        ]
         if self._cache:
             for layer, extra in zip(self._cache, merged, strict=True):
                 layer.extend(extra)
@@ -133,7 +135,7 @@ class DecodeBatch:
         return [token for _, _, token in joining]
 
     def _report_ends(self, collected: list[Sequence]) -> None:
-        """Hand over the caches of rows that ended: each covers the answer but its last token, unless that was fed too."""
+        """Hand over the caches of rows that ended. Each lacks the last token of its answer, unless that was fed too."""
         if self._on_end is None:
             return
         unfed = 1 if self._launched is None else 0
@@ -158,7 +160,7 @@ def _row(layer: Any, at: int) -> Any:
     """One row of a joint cache as a plain cache; a view where that is possible, so that only what is kept is copied."""
     if type(layer) is not BatchKVCache:
         return layer.extract(at)
-    row = KVCache()
+    row: Any = KVCache()
     start = layer.left_padding[at].item()
     row.keys = layer.keys[at : at + 1, :, start : layer.size()]
     row.values = layer.values[at : at + 1, :, start : layer.size()]

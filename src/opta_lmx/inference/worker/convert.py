@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,21 +32,22 @@ from opta_lmx.inference.worker.gguf_config import Dimensions, ImportRefused, Jso
 STAGING_SUFFIX = ".import.incomplete"
 
 
-def convert(source: Path, target: Path, precision: str) -> None:
+def convert(source: Path, target: Path, precision: str, progress: Callable[[int, int], None]) -> None:
     """Writes the model directory ``target``, replacing one that is there; nothing is left behind by a failure.
 
-    ``precision`` full stores floats as F32; half keeps the 16-bit type of the file. Raises ImportRefused or OSError.
+    ``precision`` full stores floats as F32; half keeps the 16-bit type of the file. ``progress`` is told the bytes
+    done and those there are. Raises ImportRefused or OSError.
     """
     with _staging(target) as directory:
         if directory is None:
             return
-        _write_model(source, directory, precision)
+        _write_model(source, directory, precision, progress)
         for file in directory.iterdir():
             _sync(file)
         _replace(directory, target)
 
 
-def _write_model(source: Path, directory: Path, precision: str) -> None:
+def _write_model(source: Path, directory: Path, precision: str, progress: Callable[[int, int], None]) -> None:
     reader = GGUFReader(source)
     metadata = Metadata(reader.fields)
     architecture = metadata.text("general.architecture") or ""
@@ -84,7 +85,7 @@ def _write_model(source: Path, directory: Path, precision: str) -> None:
     (directory / "tokenizer.json").write_text(tokenizer.tokenizer, encoding="utf-8")
 
     total = sum(source.rows.nbytes for source in sources)
-    gguf_tensors.write(directory / "model.safetensors", targets, lambda done: _say({"done": done, "total": total}))
+    gguf_tensors.write(directory / "model.safetensors", targets, lambda done: progress(done, total))
 
 
 def _rope_factors(tensor: gguf_tensors.Source | None, dimensions: Dimensions) -> list[float] | None:
@@ -192,7 +193,12 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        convert(options.source, options.target, options.precision)
+        convert(
+            options.source,
+            options.target,
+            options.precision,
+            progress=lambda done, total: _say({"done": done, "total": total}),
+        )
     except ImportRefused as refusal:
         _say({"error": str(refusal)})
     except OSError as error:

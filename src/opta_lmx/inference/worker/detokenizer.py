@@ -62,7 +62,8 @@ class TokenTable:
 
     def _find(self, token: int) -> bytes:
         if token in self._added:
-            return self._added[token]
+            literal: bytes = self._added[token]
+            return literal
         name = self._tokenizer.convert_ids_to_tokens(token)
         if name is None:
             return b""

@@ -1,8 +1,8 @@
 """A backend without MLX: it answers a prompt with the prompt's own words, at a set speed and with set failures.
 
 It follows the Protocol of ``backend.py`` to the letter, so everything outside the worker can be tested, timed
-and broken on purpose without a model. A directory with an ``echo.json`` (the fields of ``EchoOptions``) and no
-``config.json`` is an echo model. Sampling is greedy by nature: temperature, penalties, seeds and biases change nothing.
+and broken on purpose without a model. The catalog lists a directory with an ``echo.json`` (the fields of
+``EchoOptions``) as an echo model. Its words are certain: temperature, penalties, seeds and biases change nothing.
 """
 
 import math
@@ -12,9 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import msgspec
 
 from opta_lmx.errors import ContextTooLong, InvalidRequest, LoadFailed, UnsupportedParameter
 from opta_lmx.inference.output.stop import StopStrings
@@ -62,23 +59,6 @@ def decode(token_ids: Sequence[int]) -> str:
     return "".join(_piece(token) for token in token_ids)
 
 
-def read_echo_options(directory: Path) -> EchoOptions | None:
-    """The options of the echo model in a directory, None if it holds no ``echo.json``.
-
-    Raises LoadFailed for a file that is not JSON, has a field of the wrong type or one EchoOptions lacks.
-    """
-    try:
-        fields = msgspec.json.decode((directory / "echo.json").read_bytes(), type=dict[str, object])
-        unknown = sorted(fields.keys() - set(EchoOptions.__struct_fields__))
-        if unknown:
-            raise LoadFailed(directory.name, f"echo.json has unknown fields: {', '.join(unknown)}")
-        return msgspec.convert(fields, EchoOptions)
-    except FileNotFoundError:
-        return None
-    except msgspec.MsgspecError as error:
-        raise LoadFailed(directory.name, f"echo.json: {error}") from error
-
-
 @dataclass(slots=True)
 class _Sequence:
     """One choice of one request, from the line to its last token."""
@@ -108,9 +88,9 @@ class EchoBackend:
         self._tokens_made = 0
 
     def load(self, frame: Load) -> ModelFacts:
-        """Take the frame's echo options, or the directory's; raises LoadFailed when they say so or cannot be read."""
+        """Take the frame's echo options and nothing from the directory; raises LoadFailed when they say so."""
         self._options = frame.options
-        self._echo = frame.options.echo or read_echo_options(Path(frame.path)) or EchoOptions()
+        self._echo = frame.options.echo or EchoOptions()
         self._sleep(self._echo.load_seconds)
         if self._echo.fail_load is not None:
             raise LoadFailed(frame.model_id, self._echo.fail_load)

@@ -9,7 +9,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 @dataclass(frozen=True, slots=True)
 class CacheGeometry:
-    """``per_token`` bytes for layers that keep everything, ``windows`` of (tokens, bytes a token), ``fixed`` bytes of state.
+    """``per_token`` bytes for layers that keep all, ``windows`` of (tokens, bytes a token), ``fixed`` bytes of state.
 
     ``plain`` is True if every layer is an ordinary KV cache, which can be cut at any token.
     """

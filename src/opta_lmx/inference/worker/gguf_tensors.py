@@ -21,7 +21,7 @@ from opta_lmx.inference.worker.gguf_config import Dimensions, ImportRefused, Jso
 GROUP_SIZE = 32
 
 # Bytes of a tensor that are converted at once.
-_CHUNK_BYTES = 16 * 1024 * 1024
+CHUNK_BYTES = 16 * 1024 * 1024
 
 Blocks: TypeAlias = NDArray[np.uint8]
 Array: TypeAlias = NDArray[Any]
@@ -98,7 +98,8 @@ def unpack_q8_0(blocks: Blocks) -> tuple[Array, Array, Array]:
 def _pack_nibbles(halves: Blocks) -> Array:
     """GGUF keeps value i of a block beside value i + 16 in one byte; MLX keeps it beside value i + 1."""
     values = np.concatenate([halves & 0x0F, halves >> 4], axis=1)
-    return (values[:, 0::2] | values[:, 1::2] << 4).view("<u4")
+    packed: Blocks = values[:, 0::2] | values[:, 1::2] << 4
+    return packed.view("<u4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ QUANTIZED: Mapping[str, Quantized] = {
 
 
 def _from_bf16(raw: Blocks) -> Array:
-    widened: NDArray[np.uint32] = raw.view("<u2").astype(np.uint32) << 16
+    widened: Array = raw.view("<u2").astype(np.uint32) << 16
     return widened.view(np.float32)
 
 
@@ -213,7 +214,8 @@ def _shape(short: str, d: Dimensions) -> tuple[int, ...]:
 
 def half_order(heads: int, head_dim: int) -> NDArray[np.intp]:
     """Row numbers that turn pairs (0, 1), (2, 3), ... of each head into its even rows followed by its odd ones."""
-    return np.arange(heads * head_dim).reshape(heads, head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+    pairs = np.arange(heads * head_dim, dtype=np.intp).reshape(heads, head_dim // 2, 2)
+    return pairs.swapaxes(1, 2).reshape(-1)
 
 
 def _parts(source: Source, name: str, dtype: str) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
@@ -251,7 +253,9 @@ def quantization_table(targets: Sequence[Target]) -> JsonObject | None:
     return table
 
 
-def write(path: Path, targets: Sequence[Target], progress: Callable[[int], None]) -> None:
+def write(
+    path: Path, targets: Sequence[Target], progress: Callable[[int], None], chunk_bytes: int = CHUNK_BYTES
+) -> None:
     """Writes the file; ``progress`` is told the source bytes done so far after every chunk."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     offsets: dict[str, int] = {}
@@ -271,15 +275,15 @@ def write(path: Path, targets: Sequence[Target], progress: Callable[[int], None]
         file.truncate(8 + len(text) + at)
         for target in targets:
             places = [8 + len(text) + offsets[name] for name, _, _ in target.parts]
-            for chunk in _chunks(target):
+            for chunk in _chunks(target, chunk_bytes):
                 _write_chunk(file, target, chunk, places)
                 done += chunk.nbytes
                 progress(done)
 
 
-def _chunks(target: Target) -> Iterator[Blocks]:
+def _chunks(target: Target, chunk_bytes: int) -> Iterator[Blocks]:
     rows = target.source.rows
-    step = max(_CHUNK_BYTES // rows.shape[1], 1)
+    step = max(chunk_bytes // rows.shape[1], 1)
     for start in range(0, rows.shape[0], step):
         if target.order is None:
             yield np.ascontiguousarray(rows[start : start + step])

@@ -14,7 +14,7 @@ from opta_lmx.inference.worker.sequence import Sequence
 _SMALLEST_CHUNK = 16
 # With nobody decoding, a chunk delays only cancellations and newcomers; they may wait this many stall bounds.
 _QUIET_FACTOR = 4.0
-# Shortest-remaining-first would starve a long prompt under a stream of short ones: every so many chunks the oldest goes.
+# Shortest first would starve a long prompt under a stream of short ones: every so many chunks the oldest goes.
 _OLDEST_EVERY = 4
 # Weight of the newest measurement in the running estimate of prefill speed.
 _SMOOTHING = 0.3

@@ -75,7 +75,10 @@ class PrefixTree:
         self._clock += 1
         parent = self._branch_point(path)
         layers = [
-            (mx.contiguous(layer.keys[..., known : len(tokens), :]), mx.contiguous(layer.values[..., known : len(tokens), :]))
+            (
+                mx.contiguous(layer.keys[..., known : len(tokens), :]),
+                mx.contiguous(layer.values[..., known : len(tokens), :]),
+            )
             for layer in caches
         ]
         mx.eval(layers)

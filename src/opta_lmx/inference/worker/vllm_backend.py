@@ -15,9 +15,9 @@ from opta_lmx.inference.protocol import Generate, Load
 from opta_lmx.inference.worker import geometry
 from opta_lmx.inference.worker.backend import Prepared, StepResult
 from opta_lmx.inference.worker.detokenizer import TokenTable
-from opta_lmx.inference.worker.processors import processors_for
 from opta_lmx.inference.worker.prefix_snapshots import PrefixSnapshots
 from opta_lmx.inference.worker.prefix_tree import PrefixTree
+from opta_lmx.inference.worker.processors import processors_for
 from opta_lmx.inference.worker.prompts import PromptReader
 from opta_lmx.inference.worker.scheduler import LmxScheduler, PrefixCache
 from opta_lmx.inference.worker.sequence import Sequence
@@ -61,7 +61,7 @@ class VllmBackend:
             model_type=str(config.get("model_type", "unknown")),
             context_length=context,
             vocab_size=shape.vocab_size,
-            weights_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
+            weights_bytes=_parameter_bytes(model),
             kv_bytes_per_token=shape.bytes_for(2) - shape.bytes_for(1),
             has_chat_template=bool(tokenizer.chat_template),
             prefix_cache="off" if self._prefixes is None else "tokens" if shape.plain else "snapshots",
@@ -124,6 +124,11 @@ def _prefix_cache(shape: geometry.CacheGeometry, budget_bytes: int) -> PrefixCac
     if budget_bytes <= 0:
         return None
     return PrefixTree(budget_bytes) if shape.plain else PrefixSnapshots(budget_bytes)
+
+
+def _parameter_bytes(model: Any) -> int:
+    named: list[tuple[str, Any]] = tree_flatten(model.parameters())  # type: ignore[assignment]  # no destination given
+    return sum(array.nbytes for _, array in named)
 
 
 def _limit_memory(options: LoadOptions) -> None:
