@@ -30,8 +30,8 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 async def settle() -> None:
-    """Let every task go on until all of them wait: no chain of wake-ups in these tests is 25 turns long."""
-    for _ in range(25):
+    """Let every task go on until all of them wait: no chain of wake-ups in these tests is 12 turns long."""
+    for _ in range(12):
         await checkpoint()
 
 

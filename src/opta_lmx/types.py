@@ -163,6 +163,8 @@ class LoadOptions(msgspec.Struct, frozen=True):
     prefill_chunk_tokens: int = 512
     stall_bound_seconds: float = 0.25
     prefix_cache_bytes: int = 0
+    # KV cache set aside for all running sequences together; None leaves it unbounded.
+    kv_bytes: int | None = None
     context_length: int | None = None
     memory_limit_bytes: int | None = None
     kv_bits: int | None = None

@@ -176,6 +176,8 @@ async def test_load_and_unload(client: httpx.AsyncClient, world: World) -> None:
         ({"model_id": 5}, 400, "invalid_type", "model_id"),
         ({"model_id": ""}, 400, "string_below_min_length", "model_id"),
         ({"model_id": "tiny", "pined": True}, 400, "unknown_parameter", "pined"),
+        ({"model_id": "tiny", "pined": None}, 400, "unknown_parameter", "pined"),
+        ({"model_id": "tiny", "<x": None}, 400, "unknown_parameter", "<x"),
         ({"model_id": "tinny"}, 404, "model_not_found", "model"),
     ],
 )

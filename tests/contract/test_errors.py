@@ -144,6 +144,8 @@ FIELDS: list[tuple[dict[str, Any], str | None, str | None, str]] = [
     ({"modalities": ["smell"]}, "invalid_value", "modalities", "Invalid value: 'smell'"),
     ({"audio": {"voice": "a"}}, "unsupported_parameter", "audio", "Audio"),
     ({"metadata": {"k": 1}}, "invalid_type", "metadata.k", "expected a string"),
+    ({"metadata": {"k": "v" * 513}}, "string_above_max_length", "metadata.k", "maximum length 512"),
+    ({"metadata": {"k" * 65: "v"}}, "string_above_max_length", f"metadata.{'k' * 65}", "maximum length 64"),
     ({"metadata": {str(k): "v" for k in range(17)}}, "object_above_max_length", "metadata", "maximum length 16"),
     ({"service_tier": "gold"}, "invalid_value", "service_tier", "Invalid value: 'gold'"),
 ]

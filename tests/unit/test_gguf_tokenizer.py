@@ -17,7 +17,7 @@ from opta_lmx.inference.worker.gguf_tokenizer import TokenizerFiles, build
 from tests.gguf_files import Vocabulary, byte_level_vocabulary, tokenizer_keys
 
 # No lone surrogates: text that reaches a tokenizer is valid Unicode.
-TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 MIXED = "It's 12345 o'clock,\n\n  don't    stop: 你好 🙂👨‍👩‍👧 ½² naïve\tx+=1;  "
 
 
@@ -98,16 +98,14 @@ def test_merges_are_those_of_the_file() -> None:
     """A word of the vocabulary becomes one token, by its merges; the ids are the file's."""
     vocabulary = byte_level_vocabulary()
     ids = load(files(vocabulary)).encode("go to the Paris").ids
-    assert [vocabulary.tokens[id] for id in ids] == ["g", "o", "Ġ", "t", "o", "Ġthe", "ĠParis"]
+    assert [vocabulary.tokens[id] for id in ids] == ["g", "o", "Ġt", "o", "Ġthe", "ĠParis"]
 
 
 def test_llama3_takes_whole_words_without_their_merges() -> None:
     """A piece that is a token stands for itself even where no merge leads to it; elsewhere merges decide."""
     for pre, expected in (("llama-bpe", ["Ġthe"]), ("gpt-2", ["Ġ", "t", "h", "e"])):
-        vocabulary = byte_level_vocabulary(pre)
-        tokenizer = load(files(vocabulary, {"tokenizer.ggml.merges": ["i n"], "tokenizer.ggml.add_bos_token": False}))
-        if "in" in vocabulary.tokens:
-            assert tokenizer.encode(" the").tokens == expected
+        changes = {"tokenizer.ggml.merges": ["i n"], "tokenizer.ggml.add_bos_token": False}
+        assert load(files(byte_level_vocabulary(pre), changes)).encode(" the").tokens == expected
 
 
 def test_special_tokens_are_cut_out_whole() -> None:
@@ -211,7 +209,7 @@ def spm_vocabulary(trained: sentencepiece.SentencePieceProcessor) -> Vocabulary:
 
 
 # A user-defined token ends a stretch of text, after which llama.cpp adds a space again; SentencePiece does not.
-PLAIN = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="<\u2581"), min_size=1, max_size=60)
+PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<\u2581"), min_size=1, max_size=60)
 
 
 @given(text=PLAIN)

@@ -159,7 +159,8 @@ HISTORIES = st.lists(
         _steps(History.others, st.sampled_from([0, 10, 30, 60])),
         _steps(History.wait, st.sampled_from([0.1, 1.0, 31.0, 400.0])),
     ),
-    max_size=40,
+    min_size=15,
+    max_size=45,
 )
 
 

@@ -42,6 +42,9 @@ _SIZES: Final = {
     "string_too_short": ("min_length", "below", "minimum"),
 }
 
+# What stands in pydantic's paths beside the names of fields: the tags of our unions (``wire.py``), and its own.
+_NO_FIELDS: Final = frozenset({"<string>", "<array>", "<object>", "[key]"})
+
 # What the client wrote, in JSON's words.
 _NOUNS: Final[Mapping[type, str]] = {
     type(None): "null",
@@ -87,10 +90,10 @@ def wrong_value(param: str, value: str, supported: str) -> InvalidRequest:
 
 def _to_invalid_request(details: ErrorDetails) -> InvalidRequest:
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
-    # Tags of unions stand in pydantic's paths in angle brackets; a field's name never does.
-    path = tuple(part for part in details["loc"] if not str(part).startswith("<") and part != "[key]")
-    param = show_path(path)
-    if kind == "missing" or (value is None and isinstance(path[-1], str)):
+    param = show_path(tuple(part for part in details["loc"] if part not in _NO_FIELDS))
+    # A field that is null is as good as absent; an item of an array is there all the same.
+    is_null = value is None and kind != "extra_forbidden" and isinstance(details["loc"][-1], str)
+    if kind == "missing" or is_null:
         return missing(param)
     if kind in _EXPECTED or kind == "invalid_type":
         return wrong_type(param, _EXPECTED.get(kind, details["msg"]), value)

@@ -58,6 +58,12 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     id: int
 
 
+class KvGrant(msgspec.Struct, frozen=True, tag="kv_grant"):
+    """The bytes all running sequences' caches may take together: the answer to KvWant."""
+
+    granted_bytes: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End the process after the current step."""
 
@@ -98,7 +104,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """Request ``id`` was not taken: the parts of the RequestRejected that says why. Numbers are tokens."""
 
     id: int
-    kind: Literal["context", "unsupported", "invalid"]
+    kind: Literal["context", "unsupported", "invalid", "memory"]
     message: str
     param: str | None = None
     code: str | None = None
@@ -126,16 +132,25 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     deltas: list[tuple[int, Delta]]
 
 
+class KvWant(msgspec.Struct, frozen=True, tag="kv_want"):
+    """The caches would need this many bytes together for the next sequence, or for the running ones to grow."""
+
+    bytes: int
+
+
 class Idle(msgspec.Struct, frozen=True, tag="idle"):
-    """The worker has no work left; ``active_bytes`` is MLX's live memory, ``cache_bytes`` its prefix cache."""
+    """The worker has no work left, and gives back what KvGrant added.
+
+    ``active_bytes`` is MLX's live memory, ``cache_bytes`` what its prefix cache holds.
+    """
 
     steps: int
     active_bytes: int
     cache_bytes: int
 
 
-FromServer: TypeAlias = Load | Generate | Cancel | Stop
-FromWorker: TypeAlias = Hello | Ready | LoadError | Started | Refused | Failed | Step | Idle
+FromServer: TypeAlias = Load | Generate | Cancel | KvGrant | Stop
+FromWorker: TypeAlias = Hello | Ready | LoadError | Started | Refused | Failed | Step | KvWant | Idle
 
 _encoder = msgspec.msgpack.Encoder()
 _from_server: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import cast
 
 from opta_lmx.errors import (
+    Busy,
     ContextTooLong,
     GenerationFailed,
     InvalidRequest,
@@ -33,6 +34,8 @@ _HELLO_SECONDS = 120.0
 _LOAD_SECONDS = 900.0
 # Between SIGTERM and SIGKILL.
 _TERM_SECONDS = 2.0
+# Memory comes back when other models' requests end, which takes seconds rather than milliseconds.
+_MEMORY_RETRY_SECONDS = 5.0
 _STDERR_TAIL_LINES = 20
 _STDERR_LINE_BYTES = 2000
 
@@ -130,6 +133,7 @@ class WorkerClient(asyncio.Protocol):
         self._next_id = 1
         self._facts: ModelFacts | None = None
         self._on_exit: Callable[[WorkerExit], None] | None = None
+        self._decide_kv: Callable[[int | None], int] = lambda wanted: wanted or 0
         self._stopping = False
         self._socket_lost = False
         loop = asyncio.get_running_loop()
@@ -196,6 +200,10 @@ class WorkerClient(asyncio.Protocol):
             await self.stop(0)
             raise
         self._on_exit = on_exit
+
+    def govern_kv(self, decide: Callable[[int | None], int]) -> None:
+        """Who answers the worker's wishes for KV memory, in bytes; None says that it has gone idle."""
+        self._decide_kv = decide
 
     def generate(self, request: GenerateRequest, on_end: Callable[[], None]) -> WorkerStream:
         """Send a request; raises WorkerLost if the process has gone."""
@@ -280,6 +288,9 @@ class WorkerClient(asyncio.Protocol):
                     stream.push(delta)
         elif isinstance(frame, protocol.Idle):
             self.steps, self.depths = frame.steps, (0, 0)
+            self._decide_kv(None)
+        elif isinstance(frame, protocol.KvWant):
+            self._send(protocol.KvGrant(self._decide_kv(frame.bytes)))
         elif isinstance(frame, protocol.Hello):
             self._greet(frame)
         elif isinstance(frame, protocol.Ready):
@@ -381,6 +392,8 @@ def describe(exit: WorkerExit) -> str:
 def _refusal(frame: protocol.Refused) -> LmxError:
     if frame.kind == "context":
         return ContextTooLong(frame.prompt_tokens, frame.context_length, param=frame.param or "messages")
+    if frame.kind == "memory":
+        return Busy(frame.message, retry_after_seconds=_MEMORY_RETRY_SECONDS)
     if frame.kind == "unsupported":
         return UnsupportedParameter(frame.message, param=frame.param)
     return InvalidRequest(frame.message, param=frame.param, code=frame.code)

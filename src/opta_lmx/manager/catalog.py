@@ -6,6 +6,7 @@ Nothing here raises for a bad model: it gets a ``problem``, one clause that a re
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -79,12 +80,14 @@ def list_directory(directory: Path, root: Path) -> Listing:
         for entry in entries:
             if entry.name.startswith(".") or not entry.name.isprintable():
                 continue
-            if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(root):
-                outside.append(entry.name)
-            elif entry.is_dir():
-                folders.append(entry.name)
-            elif entry.is_file():
-                files[entry.name] = entry.stat()
+            # An entry that vanishes or cannot be followed is no reason to lose the others.
+            with suppress(OSError):
+                if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(root):
+                    outside.append(entry.name)
+                elif entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.is_file():
+                    files[entry.name] = entry.stat()
     return Listing(files, tuple(sorted(folders)), tuple(sorted(outside)))
 
 

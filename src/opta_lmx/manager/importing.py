@@ -30,9 +30,6 @@ IMPORT_VERSION = 1
 # The directories the job writes to, beside their target (the same word as in convert.py).
 STAGING_SUFFIX = ".import.incomplete"
 
-# The job reports every 16 MiB; a disk that needs longer than this for so little is not working.
-STALL_SECONDS = 300.0
-
 # What is kept of the job's standard error, for the reason of a crash.
 _STDERR_TAIL_BYTES = 4096
 
@@ -47,10 +44,14 @@ class _Job:
 
 
 class GgufImporter:
-    """Runs at most one job for each target; callers that come meanwhile share its outcome."""
+    """Runs at most one job for each target; callers that come meanwhile share its outcome.
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    A job reports every 16 MiB; a disk that needs longer than ``stall_seconds`` for so little is not working.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic, stall_seconds: float = 300.0) -> None:
         self._now = now
+        self._stall_seconds = stall_seconds
         self._jobs: dict[Path, _Job] = {}
 
     async def import_gguf(self, source: Path, target: Path, finish: Callable[[], None] | None = None) -> None:
@@ -70,7 +71,7 @@ class GgufImporter:
         started = self._now()
         try:
             await to_thread.run_sync(inspect, source)
-            await _run(source, target)
+            await _run(source, target, self._stall_seconds)
             if finish is not None:
                 await to_thread.run_sync(finish)
             job.abandoned = False
@@ -101,8 +102,8 @@ def discard(directory: Path) -> bool:
         os.close(descriptor)
 
 
-async def _run(source: Path, target: Path) -> None:
-    """Runs the job to its end; kills it and removes what it wrote when cancelled or stalled."""
+async def _run(source: Path, target: Path, stall_seconds: float) -> None:
+    """Runs the job to its end; kills it when cancelled or stalled. A job that fails leaves nothing behind."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "opta_lmx.inference.worker.convert", os.fspath(source), os.fspath(target)),
@@ -112,20 +113,17 @@ async def _run(source: Path, target: Path) -> None:
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
     )
-    assert process.stdout is not None
     assert process.stderr is not None
     tail = bytearray()
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(_read_tail, process.stderr, tail)
-            refusal = await _read_progress(process.stdout)
+            refusal = await _read_progress(process, stall_seconds)
         code = await process.wait()
     finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            with anyio.CancelScope(shield=True):
-                await process.wait()
+        with anyio.CancelScope(shield=True):
+            _kill(process)
+            if await process.wait() != 0:
                 await to_thread.run_sync(discard, target.with_name(target.name + STAGING_SUFFIX))
     if refusal is not None:
         raise GgufError(refusal)
@@ -134,18 +132,26 @@ async def _run(source: Path, target: Path) -> None:
         raise GgufError(f"the import ended with exit code {code}" + (f" ({last})" if last else ""))
 
 
-async def _read_progress(stdout: asyncio.StreamReader) -> str | None:
-    """Reads the job's lines to their end; the reason if it refused. Raises GgufError if it stalls."""
+async def _read_progress(process: asyncio.subprocess.Process, stall_seconds: float) -> str | None:
+    """Reads the job's lines to their end; the reason if it refused. A job that says nothing for long is killed."""
+    assert process.stdout is not None
     refusal: str | None = None
     while True:
         try:
-            with anyio.fail_after(STALL_SECONDS):
-                line = await stdout.readline()
+            with anyio.fail_after(stall_seconds):
+                line = await process.stdout.readline()
         except TimeoutError:
-            raise GgufError(f"the import made no progress for {STALL_SECONDS:.0f} seconds") from None
+            _kill(process)
+            return f"the import made no progress for {stall_seconds:g} seconds"
         if not line:
             return refusal
         refusal = json.loads(line).get("error", refusal)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
 
 
 async def _read_tail(stderr: asyncio.StreamReader, tail: bytearray) -> None:

@@ -40,6 +40,7 @@ class FileRecord(msgspec.Struct, frozen=True):
     inode: int
 
     def stands_for(self, found: os.stat_result) -> bool:
+        """True if a file of this status has not been touched since it was hashed."""
         return (self.size, self.mtime_ns, self.inode) == (found.st_size, found.st_mtime_ns, found.st_ino)
 
 

@@ -23,7 +23,7 @@ WORKER_OVERHEAD_BYTES = 110 * 1024 * 1024
 # K and V, two bytes each: the KV cache is kept in float16 or bfloat16 unless a load asks for fewer bits.
 _KV_BYTES_PER_ELEMENT_PAIR = 2 * 2
 
-# One decision asks several times; between two decisions other processes move slowly.
+# Status is asked for by several callers at once; what they see may be this old. Decisions always look again.
 READING_AGE_SECONDS = 0.2
 
 
@@ -214,20 +214,16 @@ class MemoryMonitor:
         self._read_at = 0.0
 
     def reading(self, max_age_seconds: float = READING_AGE_SECONDS) -> MemoryReading:
-        """A look at the machine less than ``max_age_seconds`` old; 0 always looks again.
-
-        A change of the ledger ends the life of the cached one: a load that has just been released must be seen as
-        footprint at once, or its bytes would be promised a second time.
-        """
+        """A look at the machine less than ``max_age_seconds`` old; 0 always looks again, as every decision must."""
         reading = self._reading
         if reading is None or self._now() - self._read_at >= max_age_seconds:
             reading = self._reading = self._probe.read()
             self._read_at = self._now()
         return reading
 
-    def ledger(self) -> Ledger:
-        """The machine and the promises now."""
-        reading = self.reading()
+    def ledger(self, max_age_seconds: float = READING_AGE_SECONDS) -> Ledger:
+        """The promises now, on a reading of at most that age."""
+        reading = self.reading(max_age_seconds)
         limit, bound = memory_limit(reading, self._config.max_memory_percent)
         return Ledger(reading.total_bytes, reading.used_bytes, self.reserved_bytes, limit, bound)
 
@@ -254,9 +250,7 @@ class MemoryMonitor:
         if size_bytes < 0:
             raise ValueError(f"a reservation of {size_bytes} bytes for {owner!r}")
         self._reserved[owner] = size_bytes
-        self._reading = None
 
     def release(self, owner: str) -> None:
         """End the promise to ``owner``; harmless if there is none."""
         self._reserved.pop(owner, None)
-        self._reading = None

@@ -92,7 +92,9 @@ class ModelManager:
             raise Conflict(f"{model_id!r} is part of the installation; models.starter: false takes it off the list.")
         freed = 0
         for directory in (files.path, self._root / _IMPORTED / model_id):
-            if directory.is_dir():
+            if directory.is_symlink():
+                directory.unlink()
+            elif directory.is_dir():
                 freed += sum(path.lstat().st_size for path in directory.rglob("*") if not path.is_dir())
                 shutil.rmtree(directory)
                 if directory.parent != self._root and not any(directory.parent.iterdir()):

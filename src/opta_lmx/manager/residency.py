@@ -289,7 +289,7 @@ class Residency:
 
     def _plan(self, files: ModelFiles, options: LoadOptions) -> LoadPlan:
         residents = [record.resident() for record in self._records.values() if record.process is not None]
-        need, ledger = self.memory.need(files, options), self.memory.ledger()
+        need, ledger = self.memory.need(files, options), self.memory.ledger(0)
         return plan_load(files.id, need, ledger, residents, evict=self.auto_evict)
 
     def _staying(self, model_id: str) -> Record:

@@ -1,1 +1,1 @@
-"""."""
+"""The admin API: what is in memory and on disk, and how the server is."""

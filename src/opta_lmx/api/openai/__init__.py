@@ -1,1 +1,1 @@
-"""."""
+"""OpenAI's API: chat completions and models."""

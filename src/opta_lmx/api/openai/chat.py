@@ -1,6 +1,6 @@
 """POST /v1/chat/completions: from OpenAI's request to a GenerateRequest, and the generation back, whole or streamed."""
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -16,7 +16,6 @@ from opta_lmx.api.services import Services
 from opta_lmx.api.sse import EventStream, cache_header
 from opta_lmx.api.validation import validate, wrong_value
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
-from opta_lmx.inference.engine import Generation
 from opta_lmx.types import ChatPrompt, GenerateRequest, JsonObject, SamplingParams
 
 router = APIRouter()
@@ -71,32 +70,16 @@ async def create_chat_completion(request: Request) -> Response:
     chat = validate(ChatRequest, body)
     wanted = to_generate_request(chat, request.state.request_id)
     services: Services = request.app.state.services
-    answer = ChatFormat(_head(chat, request), logprobs=bool(chat.logprobs), include_usage=_include_usage(chat))
+    head, logprobs = _head(chat, request), bool(chat.logprobs)
+    writer = partial(ChatChunks, head, include_usage=_include_usage(chat), logprobs=logprobs)
     if chat.stream:
-        return EventStream(services.engine, wanted, answer.chunks)
+        return EventStream(services.engine, wanted, writer)
     async with generating(services.engine, wanted, request.receive) as generation:
-        whole = answer.whole(generation)
+        answer = ChatAnswer(head, generation, logprobs=logprobs)
         async for deltas in generation:
-            whole.add(deltas)
-    content = whole.completion().model_dump_json(exclude=_absent(chat))
+            answer.add(deltas)
+    content = answer.completion().model_dump_json(exclude=_absent(chat))
     return Response(content, headers=cache_header(generation.cache), media_type="application/json")
-
-
-@dataclass(frozen=True, slots=True)
-class ChatFormat:
-    """How this request wants its generation written."""
-
-    head: AnswerHead
-    logprobs: bool
-    include_usage: bool
-
-    def whole(self, generation: Generation) -> ChatAnswer:
-        """A collector for the answer as one object."""
-        return ChatAnswer(self.head, generation, logprobs=self.logprobs)
-
-    def chunks(self, generation: Generation) -> ChatChunks:
-        """A writer for the answer as events."""
-        return ChatChunks(self.head, generation, include_usage=self.include_usage, logprobs=self.logprobs)
 
 
 def to_generate_request(chat: ChatRequest, request_id: str) -> GenerateRequest:
@@ -134,7 +117,7 @@ def _sampling(chat: ChatRequest) -> SamplingParams:
     max_tokens = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
     if max_tokens is not None:
         given["max_tokens"] = max_tokens
-    if (chat.min_tokens or 0) > (max_tokens or chat.min_tokens or 0):
+    if max_tokens is not None and (chat.min_tokens or 0) > max_tokens:
         raise InvalidRequest(
             f"Invalid 'min_tokens': expected at most the {max_tokens} tokens of 'max_tokens'.",
             param="min_tokens",

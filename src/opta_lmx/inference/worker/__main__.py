@@ -22,7 +22,7 @@ from opta_lmx.inference.worker.backend import Backend, Prepared
 
 _READ_BYTES = 1 << 16
 
-Inbox = queue.SimpleQueue[protocol.Load | Prepared | protocol.Cancel | protocol.Stop]
+Inbox = queue.SimpleQueue[protocol.Load | Prepared | protocol.Cancel | protocol.KvGrant | protocol.Stop]
 
 
 class Pipe:
@@ -84,10 +84,12 @@ class Worker:
             result = self._backend.step()
             self._steps += 1
             running, waiting = self._backend.running()
-            frames: list[protocol.FromWorker] = [*result.started, *result.failed]
+            frames: list[protocol.FromWorker] = [*result.started, *result.failed, *result.refused]
+            if result.wants_kv_bytes is not None:
+                frames.append(protocol.KvWant(result.wants_kv_bytes))
             if result.deltas:
                 frames.append(protocol.Step(self._steps, running, waiting, list(result.deltas)))
-            if not self._backend.has_work():
+            if not self._backend.has_work() and not waiting:
                 frames.append(protocol.Idle(self._steps, *self._backend.memory()))
             if frames:
                 self._pipe.send(*frames)
@@ -128,6 +130,8 @@ class Worker:
                 self._backend.add(frame)
             elif isinstance(frame, protocol.Cancel):
                 self._backend.cancel(frame.id)
+            elif isinstance(frame, protocol.KvGrant):
+                self._backend.grant_kv(frame.granted_bytes)
             elif isinstance(frame, protocol.Stop):
                 return False
             block = block and not self._backend.has_work()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from opta_lmx.inference.protocol import Failed, Generate, Load, Started
+from opta_lmx.inference.protocol import Failed, Generate, Load, Refused, Started
 from opta_lmx.types import Delta, ModelFacts, SamplingParams
 
 
@@ -34,6 +34,9 @@ class StepResult:
     started: Sequence[Started] = ()
     deltas: Sequence[tuple[int, Delta]] = ()
     failed: Sequence[Failed] = ()
+    refused: Sequence[Refused] = ()
+    # Bytes of KV cache to ask the server for.
+    wants_kv_bytes: int | None = None
 
 
 class Backend(Protocol):
@@ -53,6 +56,10 @@ class Backend(Protocol):
 
     def cancel(self, id: int) -> None:
         """Mark a request to leave at the next step, which reports it with FinishReason.CANCELLED."""
+        ...
+
+    def grant_kv(self, granted_bytes: int) -> None:
+        """The server's answer to ``wants_kv_bytes``."""
         ...
 
     def has_work(self) -> bool:

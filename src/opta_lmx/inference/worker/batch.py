@@ -60,8 +60,8 @@ class DecodeBatch:
         if inputs:
             self._forward(mx.array(inputs))
 
-    def step(self) -> list[tuple[Sequence, int]]:
-        """Wait for the queued forward: (sequence, token) of every row. Rows that end here have left the batch."""
+    def step(self) -> list[Sequence]:
+        """Wait for the queued forward: every row has one token more. Rows that end with it have left the batch."""
         launched = self._launched
         if launched is None:
             return []
@@ -82,7 +82,7 @@ class DecodeBatch:
         if ended:
             self._report_ends(collected)
             self._keep([at for at, sequence in enumerate(self.sequences) if sequence.finish is None])
-        return list(zip(collected, tokens, strict=True))
+        return collected
 
     def drop(self, request_id: int) -> list[Sequence]:
         """Remove and return the rows of one request."""
@@ -93,6 +93,17 @@ class DecodeBatch:
             gone += [sequence for sequence in self.sequences if sequence.request.id == request_id]
             self._keep(stay)
         return gone
+
+    def pause_newest(self) -> Sequence:
+        """Take the last row out, with its cache but not its tokens: it can be computed again from those."""
+        sequence = self.sequences[-1]
+        self._keep(list(range(len(self.sequences) - 1)))
+        return sequence
+
+    @property
+    def all_sequences(self) -> list[Sequence]:
+        """Rows and newcomers."""
+        return self.sequences + [sequence for sequence, _, _ in self._joining]
 
     @property
     def cache_bytes(self) -> int:

@@ -156,7 +156,7 @@ def _replace(directory: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     target.rename(old)
     directory.rename(target)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(file: Path) -> None:
@@ -184,6 +184,7 @@ def _end_with_parent() -> None:
 
 
 def main(arguments: list[str]) -> int:
+    """Runs the job; the exit code."""
     parser = argparse.ArgumentParser(prog="convert", description="Import a GGUF file into an MLX model directory.")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)

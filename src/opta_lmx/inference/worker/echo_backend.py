@@ -131,6 +131,9 @@ class EchoBackend:
         if any(sequence.request.id == id for sequence in (*self._running, *self._waiting)):
             self._cancelled.add(id)
 
+    def grant_kv(self, granted_bytes: int) -> None:
+        """Never asked for: an echo model has no cache."""
+
     def has_work(self) -> bool:
         """True while a sequence runs or waits."""
         return bool(self._running or self._waiting)

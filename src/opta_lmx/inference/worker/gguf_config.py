@@ -49,6 +49,7 @@ class Metadata:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
+        """True or false; ``default`` where the key is missing."""
         if key not in self:
             return default
         value = self._value(key)
@@ -57,6 +58,7 @@ class Metadata:
         return value
 
     def text(self, key: str, default: str | None = None) -> str | None:
+        """A string; ``default`` where the key is missing."""
         if key not in self:
             return default
         value = self._value(key)
@@ -65,12 +67,15 @@ class Metadata:
         return value
 
     def texts(self, key: str) -> list[str]:
+        """A list of strings."""
         return self._list(key, str)
 
     def integers(self, key: str) -> list[int]:
+        """A list of whole numbers."""
         return self._list(key, int)
 
     def reals(self, key: str) -> list[float]:
+        """A list of fractional numbers."""
         return self._list(key, float)
 
     def token(self, key: str, vocabulary: Sequence[str]) -> int | None:

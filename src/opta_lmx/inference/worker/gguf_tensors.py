@@ -29,7 +29,10 @@ Array: TypeAlias = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One tensor of the file. ``rows`` is (rows, bytes of a row); ``shape`` counts values, rows first."""
+    """One tensor of the file; ``shape`` counts values, rows first.
+
+    ``rows`` is (rows, bytes of a row); a vector of floats is rows of one value.
+    """
 
     name: str
     kind: str
@@ -40,8 +43,9 @@ class Source:
     def of(cls, tensor: Any) -> "Source":
         """From a tensor of ``gguf.GGUFReader``, which lists its axes fastest first."""
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        rows = tensor.data.reshape(math.prod(shape[:-1]), -1).view(np.uint8)
-        return cls(tensor.name, tensor.tensor_type.name, shape, rows)
+        kind = tensor.tensor_type.name
+        count = shape[0] if len(shape) == 1 and kind in FLOATS else math.prod(shape[:-1])
+        return cls(tensor.name, kind, shape, tensor.data.reshape(-1).view(np.uint8).reshape(count, -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +53,14 @@ class Architecture:
     """How one family's tensors are called in GGUF and in mlx-lm.
 
     ``interleaved`` names the projections whose rows stand in pairs for rotary embedding, as llama.cpp wants
-    them; mlx-lm wants each head's first values before its second.
+    them; mlx-lm wants each head's first values before its second. ``biased`` groups the projections that have a
+    bias all together or not at all.
     """
 
     top: Mapping[str, str]
     block: Mapping[str, str]
     interleaved: frozenset[str]
+    biased: tuple[frozenset[str], ...]
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -72,6 +78,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "ffn_down": "mlp.down_proj",
         },
         interleaved=frozenset({"attn_q", "attn_k"}),
+        biased=(
+            frozenset({"attn_q", "attn_k", "attn_v", "attn_output"}),
+            frozenset({"ffn_gate", "ffn_up", "ffn_down"}),
+        ),
     )
 }
 
@@ -181,12 +191,18 @@ def plan(sources: Sequence[Source], architecture: Architecture, dimensions: Dime
         heads = {"attn_q": dimensions.num_attention_heads}.get(short, dimensions.num_key_value_heads)
         order = half_order(heads, dimensions.head_dim) if short in architecture.interleaved else None
         targets.append(Target(source, names[base], order, _parts(source, f"{names[base]}.{leaf}", dtype)))
-    present = {source.name for source in sources}
-    # Models without an output matrix use the embedding for it.
-    missing = sorted(f"{base}.weight" for base in names if base != "output" and f"{base}.weight" not in present)
+    missing = sorted(_required(names, sources, architecture) - {source.name for source in sources})
     if missing:
         raise ImportRefused(f"the tensor {missing[0]!r} is missing")
     return targets
+
+
+def _required(names: Mapping[str, str], sources: Sequence[Source], architecture: Architecture) -> set[str]:
+    """Every weight (models without an output matrix use the embedding for it), and biases by groups."""
+    with_bias = {source.name.split(".")[-2] for source in sources if source.name.endswith(".bias")}
+    biased = set().union(*(group for group in architecture.biased if group & with_bias))
+    weights = {f"{base}.weight" for base in names if base != "output"}
+    return weights | {f"{base}.bias" for base in names if base.rpartition(".")[2] in biased}
 
 
 def _names(architecture: Architecture, layers: int) -> Iterator[tuple[str, str]]:

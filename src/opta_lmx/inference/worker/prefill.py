@@ -93,6 +93,11 @@ class PrefillQueue:
     def __len__(self) -> int:
         return sum(len(prefill.sequences) for prefill in self._waiting)
 
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All choices of all prompts under way."""
+        return [sequence for prefill in self._waiting for sequence in prefill.sequences]
+
     def add(self, prefill: Prefill) -> None:
         """Take a prompt in; the oldest comes first where age decides."""
         self._waiting.append(prefill)

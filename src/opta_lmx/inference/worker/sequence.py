@@ -49,6 +49,11 @@ class Sequence:
         self._spoken = True
         self._logprobs: list[TokenLogprob] | None = None
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self.request.token_ids) + len(self.tokens)
+
     def take(self, token: int, logits: Logits | None = None) -> bool:
         """Record the sampled token; True if the sequence ends with it. ``logits`` is its row, for log-probabilities."""
         self.tokens.append(token)

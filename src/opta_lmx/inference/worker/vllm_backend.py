@@ -14,12 +14,14 @@ from opta_lmx.errors import InvalidRequest, LoadFailed
 from opta_lmx.inference.protocol import Generate, Load
 from opta_lmx.inference.worker import geometry
 from opta_lmx.inference.worker.backend import Prepared, StepResult
+from opta_lmx.inference.worker.decoder import PrefixCache
 from opta_lmx.inference.worker.detokenizer import TokenTable
+from opta_lmx.inference.worker.kv_books import KvBooks
 from opta_lmx.inference.worker.prefix_snapshots import PrefixSnapshots
 from opta_lmx.inference.worker.prefix_tree import PrefixTree
 from opta_lmx.inference.worker.processors import processors_for
 from opta_lmx.inference.worker.prompts import PromptReader
-from opta_lmx.inference.worker.scheduler import LmxScheduler, PrefixCache
+from opta_lmx.inference.worker.scheduler import LmxScheduler
 from opta_lmx.inference.worker.sequence import Sequence
 from opta_lmx.inference.worker.structured import Grammar, GrammarCompiler
 from opta_lmx.types import LoadOptions, ModelFacts
@@ -56,7 +58,8 @@ class VllmBackend:
         self._grammars = GrammarCompiler(tokenizer, shape.vocab_size, self._stop_ids)
         self._prefixes = _prefix_cache(shape, frame.options.prefix_cache_bytes)
         self._wants_boundaries = self._prefixes is not None and self._prefixes.exact_positions_only
-        self._scheduler = LmxScheduler(model, wrapped, frame.options, self._prefixes)
+        books = KvBooks(shape, frame.options.kv_bytes)
+        self._scheduler = LmxScheduler(model, wrapped, frame.options, books, self._prefixes)
         self._facts = ModelFacts(
             model_type=str(config.get("model_type", "unknown")),
             context_length=context,
@@ -101,6 +104,10 @@ class VllmBackend:
     def cancel(self, id: int) -> None:
         """Let a request leave at the next step."""
         self._scheduler.cancel(id)
+
+    def grant_kv(self, granted_bytes: int) -> None:
+        """The server's answer to a wish for more KV memory."""
+        self._scheduler.grant_kv(granted_bytes)
 
     def has_work(self) -> bool:
         """True while a step would do something."""

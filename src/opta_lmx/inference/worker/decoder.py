@@ -1,0 +1,107 @@
+"""What the scheduler drives in place of mlx-lm's BatchGenerator: prompts in chunks, then one joint batch."""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from opta_lmx.inference.worker.backend import Prepared
+from opta_lmx.inference.worker.batch import Caches, DecodeBatch
+from opta_lmx.inference.worker.kv_books import KvBooks
+from opta_lmx.inference.worker.prefill import ChunkPolicy, Prefill, PrefillQueue
+from opta_lmx.inference.worker.prefix_snapshots import PrefixSnapshots
+from opta_lmx.inference.worker.prefix_tree import PrefixTree
+from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch
+from opta_lmx.inference.worker.sequence import Sequence
+from opta_lmx.types import CacheReport, LoadOptions
+
+PrefixCache = PrefixTree | PrefixSnapshots
+
+# A prompt waits for another that is being processed if that spares it at least this many tokens of prefill.
+_WORTH_WAITING_TOKENS = 64
+
+# Room a sequence must have ahead: enough steps for a question to the server to be answered before it is used up.
+_GROWTH_TOKENS = 64
+
+
+class BatchDecoder:
+    """All sequences that hold a cache. Its methods ``remove`` and ``close`` are vllm-mlx's side of the contract."""
+
+    def __init__(self, model: Any, options: LoadOptions, books: KvBooks, prefixes: PrefixCache | None) -> None:
+        on_gpu = mx.default_device() == mx.Device(mx.gpu)
+        on_end = self._keep_answer if prefixes is not None else None
+        self.batch = DecodeBatch(model, DeviceLaunch if on_gpu else HostLaunch, on_end)
+        policy = ChunkPolicy(options.prefill_chunk_tokens, options.stall_bound_seconds)
+        self.prefills = PrefillQueue(model, policy, self._keep_prompt)
+        self._model = model
+        self._books = books
+        self._prefixes = prefixes
+
+    def __len__(self) -> int:
+        return len(self.batch) + len(self.prefills)
+
+    def insert(self, prepared: Prepared, sequences: list[Sequence]) -> CacheReport:
+        """Take a request in, with what the prefix cache has of its prompt; the choices share one prefill."""
+        known, report = None, CacheReport()
+        if self._prefixes is not None:
+            known, report = self._prefixes.fetch(prepared.token_ids[:-1])
+        cache = known if known is not None else make_prompt_cache(self._model)
+        exact = self._prefixes is not None and self._prefixes.exact_positions_only
+        boundaries = list(prepared.boundaries) if exact else []
+        self.prefills.add(Prefill(sequences, prepared.token_ids, cache, done=report.hit_tokens, boundaries=boundaries))
+        return report
+
+    def resume(self, sequence: Sequence) -> None:
+        """Compute a paused sequence's cache again, and let it go on."""
+        tokens = sequence.request.token_ids + sequence.tokens
+        self.prefills.add(Prefill([sequence], tokens, make_prompt_cache(self._model)))
+
+    def fits(self, rows: int, tokens: int) -> bool:
+        """True if the grant covers everybody once ``rows`` more sequences of ``tokens`` tokens have joined."""
+        inside = self.batch.all_sequences + self.prefills.sequences
+        longest = max([tokens, *(sequence.length for sequence in inside)])
+        return self._books.allows(self._books.need(len(inside) + rows, longest + _GROWTH_TOKENS))
+
+    def make_room(self) -> list[Sequence]:
+        """Take the newest sequences out of the batch until the grant covers the rest."""
+        paused: list[Sequence] = []
+        while len(self.batch.sequences) > 1 and not self.fits(0, 0):
+            paused.append(self.batch.pause_newest())
+        return paused
+
+    def should_wait(self, prepared: Prepared) -> bool:
+        """True if a prompt under way will soon leave in the prefix cache what this one would compute again."""
+        if self._prefixes is None:
+            return False
+        tokens = prepared.token_ids[:-1]
+        shared = self.prefills.longest_shared(tokens, prepared.boundaries, self._prefixes.exact_positions_only)
+        return shared >= _WORTH_WAITING_TOKENS and shared - self._prefixes.known(tokens) >= _WORTH_WAITING_TOKENS
+
+    def remove(self, uids: list[int]) -> None:
+        """Forget requests wherever they are; vllm-mlx calls this when it aborts."""
+        for uid in uids:
+            self.prefills.drop(uid)
+            self.batch.drop(uid)
+
+    def close(self) -> None:
+        """Nothing is held beyond the caches, which go with the object."""
+
+    def next(self) -> list[Sequence]:
+        """One chunk of prefill, then one decode step; the sequences that made a token."""
+        for prefill in self.prefills.step(decoding=len(self.batch) > 0):
+            if self._prefixes is not None and not self._prefixes.exact_positions_only:
+                self._keep_prompt(prefill)
+            for sequence in prefill.sequences:
+                self.batch.join(sequence, prefill.cache, prefill.tokens[-1])
+        self.batch.launch()
+        stepped = self.batch.step()
+        self.batch.launch()
+        return stepped
+
+    def _keep_prompt(self, prefill: Prefill) -> None:
+        if self._prefixes is not None and prefill.done:
+            self._prefixes.store(prefill.tokens[: prefill.done], prefill.cache)
+
+    def _keep_answer(self, sequence: Sequence, fed: int, caches: Caches) -> None:
+        if self._prefixes is not None and sequence.choice == 0:
+            self._prefixes.store(sequence.request.token_ids + sequence.tokens[:fed], caches)

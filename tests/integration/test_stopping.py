@@ -1,0 +1,192 @@
+"""How a server ends: drained, at once, or killed; whatever the way, nothing of it is left."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+
+import anyio
+import httpx
+import psutil
+
+from opta_lmx.types import EchoOptions, JsonObject
+from tests.integration.chatting import (
+    Stream,
+    ask,
+    chat,
+    check_error,
+    connect,
+    content,
+    depths,
+    model_status,
+    stream,
+    until,
+    until_status,
+    words,
+)
+from tests.integration.conftest import RunningServer, StartServer, wait_gone
+
+SLOW = EchoOptions(token_seconds=0.02)
+FOR_A_MINUTE = EchoOptions(token_seconds=0.06)
+LONG = words(1000)
+
+# Seconds from the end of a server to the end of the last of its processes.
+GONE_BOUND = 1.0
+
+
+async def ended(server: RunningServer, bound: float) -> float:
+    """Seconds until the server's process has ended; fails after ``bound`` of them."""
+    started = time.monotonic()
+    with anyio.fail_after(bound):
+        while server.process.poll() is None:  # noqa: ASYNC110 - a process of its own sets no event here
+            await anyio.sleep(0.005)
+    return time.monotonic() - started
+
+
+def check_nothing_left(server: RunningServer, exit_code: int = 0) -> None:
+    """The server ended with this code and took every process it ever had with it."""
+    assert server.process.returncode == exit_code, server.log.read_text()
+    left = wait_gone(server.seen, GONE_BOUND)
+    assert not left, f"still there after {GONE_BOUND} s: {[process.cmdline() for process in left]}"
+
+
+async def load(client: httpx.AsyncClient, model: str) -> None:
+    """Has a model in memory."""
+    response = await client.post("/admin/models/load", json={"model_id": model})
+    assert response.status_code == 200, response.text
+
+
+async def commands(server: RunningServer) -> str:
+    """The command lines of the server's children, one a line."""
+    lines = []
+    for child in server.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            lines.append(" ".join(child.cmdline()))
+    return "\n".join(lines)
+
+
+async def test_a_killed_server_takes_its_workers_with_it(server: StartServer) -> None:
+    """Workers at work and idle, a spare that is still starting and a running import are gone within a second."""
+    running = server(
+        {"busy": EchoOptions(token_seconds=30), "idle": EchoOptions()}, models={"starter": True, "spare_worker": True}
+    )
+    async with connect(running) as client, anyio.create_task_group() as tasks:
+        await load(client, "idle")
+        await load(client, "busy")
+        tasks.start_soon(ask, client, "busy", LONG)
+        await until_status(client, lambda shown: depths(shown) == (1, 0))
+        shown = await until(lambda: commands(running), lambda shown: "worker.convert" in shown)
+        assert shown.count("worker --fd") == 3, shown
+        running.process.kill()
+        running.process.wait()
+        tasks.cancel_scope.cancel()
+    check_nothing_left(running, -signal.SIGKILL)
+
+
+async def test_the_first_sigterm_lets_running_requests_finish(server: StartServer) -> None:
+    """Meanwhile newcomers are told to come back and the server says that it is not ready; it ends with 0."""
+    running = server({"a": SLOW}, server={"drain_seconds": 20})
+    text = words(60)
+    answers: list[str] = []
+    async with connect(running) as client:
+
+        async def whole() -> None:
+            answers.append(content(await ask(client, "a", text)))
+
+        async def streamed(begun: anyio.Event) -> None:
+            read = await stream(client, chat("a", text), begun)
+            assert read.done
+            answers.append(read.text)
+
+        async with anyio.create_task_group() as tasks:
+            begun = anyio.Event()
+            tasks.start_soon(whole)
+            tasks.start_soon(streamed, begun)
+            await begun.wait()
+            running.children()
+            running.process.terminate()
+            await until_status(client, lambda shown: shown["draining"])
+            await check_refused_while_draining(client)
+    assert answers == [text, text]
+    await ended(running, 3)
+    check_nothing_left(running)
+
+
+async def check_refused_while_draining(client: httpx.AsyncClient) -> None:
+    """New work is refused with the reason and a time to come back; health is about the process and stays good."""
+    for response in (
+        await ask(client, "a", "late"),
+        await client.post("/v1/chat/completions", json=chat("a", "late", stream=True)),
+        await client.post("/admin/models/load", json={"model_id": "a"}),
+        await client.get("/admin/ready"),
+    ):
+        check_error(response, 503, "draining")
+        assert int(response.headers["retry-after"]) >= 1
+    assert (await client.get("/admin/health")).status_code == 200
+
+
+async def test_a_request_that_waits_for_its_model_is_running(server: StartServer) -> None:
+    """It was accepted, so it is answered, though the load had only begun when the server was told to stop."""
+    running = server({"a": EchoOptions(load_seconds=0.5)}, server={"drain_seconds": 20})
+    answers: list[str] = []
+    async with connect(running) as client:
+
+        async def whole() -> None:
+            answers.append(content(await ask(client, "a", "accepted")))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(whole)
+            await until_status(client, lambda shown: model_status(shown, "a").get("state") == "loading")
+            running.children()
+            running.process.terminate()
+    assert answers == ["accepted"]
+    await ended(running, 3)
+    check_nothing_left(running)
+
+
+async def test_the_second_sigterm_ends_at_once(server: StartServer) -> None:
+    """Whoever cannot wait asks twice: no drain, no worker left, exit code 0."""
+    running = server({"a": FOR_A_MINUTE}, server={"drain_seconds": 60})
+    async with connect(running) as client, anyio.create_task_group() as tasks:
+        begun = anyio.Event()
+        tasks.start_soon(stream_until_cut, client, begun)
+        await begun.wait()
+        running.children()
+        running.process.terminate()
+        await until_status(client, lambda shown: shown["draining"])
+        running.process.terminate()
+        await ended(running, 2)
+    check_nothing_left(running)
+
+
+async def test_the_drain_has_a_limit(server: StartServer) -> None:
+    """What has not finished by then is ended, with an error where the client still reads; exit code 0."""
+    running = server({"a": FOR_A_MINUTE}, server={"drain_seconds": 0.3})
+    async with connect(running) as client, anyio.create_task_group() as tasks:
+        begun = anyio.Event()
+        tasks.start_soon(stream_until_cut, client, begun)
+        await begun.wait()
+        running.children()
+        running.process.terminate()
+        # The limit, two seconds for connections to close, and the ends of two processes.
+        await ended(running, 5)
+    check_nothing_left(running)
+
+
+async def stream_until_cut(client: httpx.AsyncClient, begun: anyio.Event) -> None:
+    """Reads a stream that the server's end cuts; it must not look like a finished one."""
+    with contextlib.suppress(httpx.TransportError):
+        read = await stream(client, chat("a", LONG), begun)
+        assert not read.done
+
+
+async def test_an_idle_server_stops_at_once(server: StartServer) -> None:
+    """A loaded model and a connection that is kept alive delay nobody; SIGINT counts as SIGTERM."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        running = server({"a": EchoOptions()})
+        async with connect(running) as client:
+            assert content(await ask(client, "a", "hello")) == "hello"
+            running.children()
+            running.process.send_signal(number)
+            await ended(running, 1.5)
+        check_nothing_left(running)
