@@ -237,7 +237,10 @@ def test_logits_are_the_originals(variant: str, tmp_path: Path) -> None:
 
 @pytest.mark.mlx
 def test_half_precision_computes_nearly_the_same(tmp_path: Path) -> None:
-    """The form for Metal, 16-bit floats throughout, stays within their rounding of the float32 model (logits to 5)."""
+    """The form for Metal, 16-bit floats throughout, stays near the float32 model; logits reach 5.
+
+    MLX computes 8-bit values in float16, where scale * q is rounded to 11 bits before the bias is added.
+    """
     import mlx.core as mx
     from mlx_lm.utils import load_model
 
@@ -249,7 +252,7 @@ def test_half_precision_computes_nearly_the_same(tmp_path: Path) -> None:
     found = model(tokens)
     assert found.dtype == mx.float16
     oracle = dense_llama({**TINY, "vocab_size": len(vocabulary.tokens)}, dense)
-    np.testing.assert_allclose(np.array(found.astype(mx.float32)), np.array(oracle(tokens)), atol=2e-2, rtol=0)
+    np.testing.assert_allclose(np.array(found.astype(mx.float32)), np.array(oracle(tokens)), atol=5e-2, rtol=0)
 
 
 TINY = {

@@ -3,13 +3,12 @@
 import contextlib
 import signal
 import time
-from collections.abc import Callable
 
 import anyio
 import httpx
 import psutil
 
-from opta_lmx.types import EchoOptions, JsonObject
+from opta_lmx.types import EchoOptions
 from tests.integration.chatting import (
     Stream,
     ask,
@@ -160,17 +159,34 @@ async def test_the_second_sigterm_ends_at_once(server: StartServer) -> None:
 
 
 async def test_the_drain_has_a_limit(server: StartServer) -> None:
-    """What has not finished by then is ended, with an error where the client still reads; exit code 0."""
+    """Whoever is not served by then is told so: one error event in a stream, 503 instead of a whole answer; exit 0."""
     running = server({"a": FOR_A_MINUTE}, server={"drain_seconds": 0.3})
-    async with connect(running) as client, anyio.create_task_group() as tasks:
-        begun = anyio.Event()
-        tasks.start_soon(stream_until_cut, client, begun)
-        await begun.wait()
-        running.children()
-        running.process.terminate()
-        # The limit, two seconds for connections to close, and the ends of two processes.
-        await ended(running, 5)
+    streamed: list[Stream] = []
+    whole: list[httpx.Response] = []
+    async with connect(running) as client:
+
+        async def read(begun: anyio.Event) -> None:
+            streamed.append(await stream(client, chat("a", LONG), begun))
+
+        async def wait() -> None:
+            whole.append(await ask(client, "a", LONG))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait)
+            await until_status(client, lambda shown: depths(shown) == (1, 0))
+            begun = anyio.Event()
+            tasks.start_soon(read, begun)
+            await begun.wait()
+            running.children()
+            running.process.terminate()
+            # The limit, and the ends of two processes.
+            await ended(running, 2)
     check_nothing_left(running)
+    assert not streamed[0].done
+    [error] = streamed[0].errors
+    assert error["type"] == "server_error"
+    assert whole[0].status_code == 503, whole[0].text
+    assert whole[0].json()["error"]["type"] == "server_error"
 
 
 async def stream_until_cut(client: httpx.AsyncClient, begun: anyio.Event) -> None:

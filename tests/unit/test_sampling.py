@@ -118,7 +118,6 @@ def _shares(logits: Rows, rule: RowSampler) -> tuple[npt.NDArray[np.intp], npt.N
     before = np.cumsum(weights) - weights
     outside = (before >= rule.top_p * weights.sum()) & (rule.top_p < 1)
     weights[outside | (weights < rule.min_p * weights[0])] = 0.0
-    weights[0] = 1.0  # of itself; the best one is always kept
     return order, weights / weights.sum()
 
 

@@ -85,19 +85,17 @@ class GgufImporter:
             job.ended.set()
 
 
-def discard(directory: Path) -> bool:
-    """Removes a job's directory unless a living job holds it; False if one does."""
+def discard(directory: Path) -> None:
+    """Removes a job's directory, unless a living job holds it."""
     try:
         descriptor = os.open(directory, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
+    except OSError:
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
         shutil.rmtree(directory, ignore_errors=True)
-        return True
+    except BlockingIOError:
+        return
     finally:
         os.close(descriptor)
 

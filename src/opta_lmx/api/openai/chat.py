@@ -9,6 +9,7 @@ from starlette.responses import Response
 from opta_lmx.api.disconnect import generating
 from opta_lmx.api.openai.answer import AnswerHead, ChatAnswer, ChatChunks
 from opta_lmx.api.openai.messages import to_template_messages
+from opta_lmx.api.openai.structured import to_structured
 from opta_lmx.api.openai.wire import ChatCompletion, ChatRequest
 from opta_lmx.api.openapi import request_body
 from opta_lmx.api.parsing import read_object
@@ -90,19 +91,18 @@ def to_generate_request(chat: ChatRequest, request_id: str) -> GenerateRequest:
         model=chat.model,
         prompt=ChatPrompt(to_template_messages(chat.messages), template_kwargs=_template_kwargs(chat)),
         sampling=_sampling(chat),
+        structured=to_structured(chat),
     )
 
 
 def _refuse_unsupported(chat: ChatRequest) -> None:
-    """What is understood but not served: tool calls, output that is not text, structured output."""
+    """What is understood but not served: tool calls, and output that is not text."""
     for name, choice in (("tools", chat.tool_choice), ("functions", chat.function_call)):
         if getattr(chat, name) and choice != "none":
             raise UnsupportedParameter(f"{name!r} is not supported.", param=name)
     for name in ("tool_choice", "function_call"):
         if getattr(chat, name) not in (None, "none", "auto"):
             raise UnsupportedParameter(f"{name!r} is not supported.", param=name)
-    if chat.response_format is not None and chat.response_format.type != "text":
-        raise UnsupportedParameter("Only the response_format 'text' is supported.", param="response_format")
     for modality in chat.modalities or ():
         if modality not in ("text", "audio"):
             raise wrong_value("modalities", modality, "'text' and 'audio'")

@@ -114,10 +114,29 @@ class StreamOptions(Wire):
     include_usage: bool | None = None
 
 
+class JsonSchemaFormat(Wire):
+    """A named JSON Schema; without ``schema`` any object will do. Answers follow it whether or not ``strict``."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
 class ResponseFormat(Wire):
     """The form of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Wire):
+    """vLLM's way to ask for a form: one of a JSON Schema, a regular expression, choices, or a Lark grammar."""
+
+    json_: dict[str, Any] | None = Field(default=None, alias="json")
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
+    grammar: Text | None = None
 
 
 class ChatRequest(Wire):
@@ -158,6 +177,7 @@ class ChatRequest(Wire):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: WordOrObject | None = None
     functions: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
