@@ -373,6 +373,22 @@ def test_values_that_do_not_fit_are_refused(value: float, tmp_path: Path, vocabu
         run(source, tmp_path / "out", "half")
 
 
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0])
+@pytest.mark.parametrize("scale", [np.inf, np.nan])
+def test_scales_that_are_no_numbers_are_refused(
+    kind: Kind, scale: float, tmp_path: Path, vocabulary: Vocabulary
+) -> None:
+    """One damaged block anywhere stops the import."""
+    source = tmp_path / "m.gguf"
+    write_llama(source, random_weights(len(vocabulary.tokens)), vocabulary, kind)
+    target = next(tensor for tensor in gguf.GGUFReader(source).tensors if tensor.name == "blk.1.ffn_down.weight")
+    content = bytearray(source.read_bytes())
+    content[target.data_offset : target.data_offset + 2] = np.float16(scale).tobytes()
+    source.write_bytes(content)
+    with pytest.raises(ImportRefused, match=r"blk\.1\.ffn_down\.weight.*no finite F32 numbers"):
+        run(source, tmp_path / "out")
+
+
 def test_an_import_replaces_the_one_before(tmp_path: Path, vocabulary: Vocabulary, whole: Path) -> None:
     """The target is the new model alone, and nothing else stays beside it."""
     out = tmp_path / "out"

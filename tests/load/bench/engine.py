@@ -19,12 +19,14 @@ _LINE_BYTES = 16 * 2**20
 
 
 class RawEngine:
-    """One loaded model; every method returns when the child is idle again. Raises BenchError if it fails."""
+    """One loaded model; every method returns when the child is idle again, or raises BenchError.
 
-    def __init__(self, process: Process, log: Path, bound_seconds: float) -> None:
+    A caller that stops waiting ends the child: it cannot be told to stop, and must not work while others are measured.
+    """
+
+    def __init__(self, process: Process, log: Path) -> None:
         self._process = process
         self._log = log
-        self._bound_seconds = bound_seconds
 
     async def batch(self, prompts: Sequence[Conversation], max_tokens: int) -> float:
         """Tokens a second of mlx-lm's BatchGenerator over all prompts at once."""
@@ -50,18 +52,28 @@ class RawEngine:
 
     async def ready(self) -> None:
         """Waits until the model is loaded."""
-        await self._result(_LOAD_SECONDS)
+        try:
+            async with asyncio.timeout(_LOAD_SECONDS):
+                await self._result()
+        except TimeoutError:
+            raise BenchError(f"raw mlx-lm did not load the model in {_LOAD_SECONDS:.0f} s") from None
 
     async def _do(self, job: str, **arguments: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"job": job, **arguments}).encode() + b"\n")
-        await self._process.stdin.drain()
-        return await self._result(self._bound_seconds)
+        try:
+            self._process.stdin.write(json.dumps({"job": job, **arguments}).encode() + b"\n")
+            await self._process.stdin.drain()
+        except ConnectionError:
+            raise BenchError(f"raw mlx-lm has ended: {tail(self._log)}") from None
+        return await self._result()
 
-    async def _result(self, seconds: float) -> dict[str, Any]:
+    async def _result(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        async with asyncio.timeout(seconds):
+        try:
             line = await self._process.stdout.readline()
+        except asyncio.CancelledError:
+            self._process.kill()
+            raise
         if not line:
             raise BenchError(f"raw mlx-lm ended: {tail(self._log)}")
         result: dict[str, Any] = json.loads(line)
@@ -69,11 +81,11 @@ class RawEngine:
 
 
 @asynccontextmanager
-async def raw_engine(model: Path, home: Path, bound_seconds: float) -> AsyncIterator[RawEngine]:
+async def raw_engine(model: Path, home: Path) -> AsyncIterator[RawEngine]:
     """mlx-lm with a model loaded, in a process of its own; raises BenchError."""
     log = home / "engine.log"
     command = own_python("-m", "tests.load.bench.engine_child", str(model))
     async with running(command, home, log, piped=True, limit_bytes=_LINE_BYTES) as process:
-        engine = RawEngine(process, log, bound_seconds)
+        engine = RawEngine(process, log)
         await engine.ready()
         yield engine

@@ -3,7 +3,6 @@
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from opta_lmx.inference.worker.backend import Prepared
 from opta_lmx.inference.worker.batch import Caches, DecodeBatch
@@ -33,7 +32,6 @@ class BatchDecoder:
         self.batch = DecodeBatch(model, DeviceLaunch if on_gpu else HostLaunch, on_end)
         policy = ChunkPolicy(options.prefill_chunk_tokens, options.stall_bound_seconds)
         self.prefills = PrefillQueue(model, policy, self._keep_prompt)
-        self._model = model
         self._books = books
         self._prefixes = prefixes
 
@@ -45,7 +43,7 @@ class BatchDecoder:
         known, report = None, CacheReport()
         if self._prefixes is not None:
             known, report = self._prefixes.fetch(prepared.token_ids[:-1])
-        cache = known if known is not None else make_prompt_cache(self._model)
+        cache = known if known is not None else self._books.shape.new_cache()
         exact = self._prefixes is not None and self._prefixes.exact_positions_only
         boundaries = list(prepared.boundaries) if exact else []
         self.prefills.add(Prefill(sequences, prepared.token_ids, cache, done=report.hit_tokens, boundaries=boundaries))
@@ -54,7 +52,7 @@ class BatchDecoder:
     def resume(self, sequence: Sequence) -> None:
         """Compute a paused sequence's cache again, and let it go on."""
         tokens = sequence.request.token_ids + sequence.tokens
-        self.prefills.add(Prefill([sequence], tokens, make_prompt_cache(self._model)))
+        self.prefills.add(Prefill([sequence], tokens, self._books.shape.new_cache()))
 
     def fits(self, rows: int, tokens: int) -> bool:
         """True if the grant covers everybody once ``rows`` more sequences of ``tokens`` tokens have joined."""

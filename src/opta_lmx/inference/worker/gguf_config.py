@@ -28,7 +28,10 @@ class Metadata:
         field = self._fields.get(key)
         if field is None:
             raise ImportRefused(f"the key {key!r} is missing")
-        return field.contents()
+        try:
+            return field.contents()
+        except UnicodeDecodeError as error:
+            raise ImportRefused(f"the key {key!r} holds text that is not UTF-8") from error
 
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number of at least one; ``default`` where the key is missing."""

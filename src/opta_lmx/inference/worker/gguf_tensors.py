@@ -309,21 +309,24 @@ def _chunks(target: Target, chunk_bytes: int) -> Iterator[Blocks]:
 
 def _write_chunk(file: BinaryIO, target: Target, chunk: Blocks, places: list[int]) -> None:
     """Converts one chunk, writes each part of it at its place and moves the places on."""
-    source = target.source
-    quantized = QUANTIZED.get(source.kind)
-    if quantized is None:
-        arrays: tuple[Array, ...] = (FLOATS[source.kind](chunk),)
-    else:
-        arrays = quantized.unpack(chunk.reshape(-1, quantized.block_bytes))
-    for index, (array, (_, dtype, _)) in enumerate(zip(arrays, target.parts, strict=True)):
-        if dtype == "U32":
-            stored = array
-        else:
-            # A float16 that overflows becomes infinite, which the check below reports.
-            with np.errstate(over="ignore"):
-                stored = DTYPES[dtype](array)
-            if not np.isfinite(stored if dtype != "BF16" else _from_bf16(stored.view(np.uint8))).all():
-                raise ImportRefused(f"the tensor {source.name!r} holds values that are no finite {dtype} numbers")
+    # What overflows or is no number becomes visible to the check of the stored values.
+    with np.errstate(over="ignore", invalid="ignore"):
+        arrays = _converted(target, chunk)
+    for index, (stored, (_, dtype, _)) in enumerate(zip(arrays, target.parts, strict=True)):
+        finite = _from_bf16(stored.view(np.uint8)) if dtype == "BF16" else stored
+        if not np.isfinite(finite).all():
+            raise ImportRefused(f"the tensor {target.source.name!r} holds values that are no finite {dtype} numbers")
         file.seek(places[index])
         file.write(stored.tobytes())
         places[index] += stored.nbytes
+
+
+def _converted(target: Target, chunk: Blocks) -> list[Array]:
+    kind = target.source.kind
+    quantized = QUANTIZED.get(kind)
+    if quantized is None:
+        arrays: Sequence[Array] = (FLOATS[kind](chunk),)
+    else:
+        arrays = quantized.unpack(chunk.reshape(-1, quantized.block_bytes))
+    dtypes = [dtype for _, dtype, _ in target.parts]
+    return [array if dtype == "U32" else DTYPES[dtype](array) for array, dtype in zip(arrays, dtypes, strict=True)]

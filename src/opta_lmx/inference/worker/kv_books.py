@@ -14,7 +14,7 @@ class KvBooks:
     """Pure arithmetic over the model's cache shapes. A budget of None has no bound."""
 
     def __init__(self, shape: CacheGeometry, budget_bytes: int | None) -> None:
-        self._shape = shape
+        self.shape = shape
         self._base = budget_bytes
         self._granted = budget_bytes
         self._asked: int | None = None
@@ -24,7 +24,7 @@ class KvBooks:
     def need(self, rows: int, longest_tokens: int) -> int:
         """Bytes of a joint cache: every row is as long as the longest, rounded up to the next growth."""
         length = -(-longest_tokens // _STEP_TOKENS) * _STEP_TOKENS
-        return rows * self._shape.bytes_for(length)
+        return rows * self.shape.bytes_for(length)
 
     def allows(self, need_bytes: int) -> bool:
         """True if the grant covers ``need_bytes``; if not, the server is asked, unless it has just refused as much."""

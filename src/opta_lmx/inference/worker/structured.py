@@ -33,9 +33,9 @@ class GrammarCompiler:
         try:
             matcher = LLMatcher(self._table, _grammar(wanted))
         except ValueError as error:
-            raise _refusal(str(error)) from error
+            raise _refusal(wanted, str(error)) from error
         if matcher.is_error():
-            raise _refusal(matcher.get_error())
+            raise _refusal(wanted, matcher.get_error())
         return matcher
 
 
@@ -84,5 +84,6 @@ def _grammar(wanted: Structured) -> str:
     return LLMatcher.grammar_from_lark(spec)
 
 
-def _refusal(reason: str) -> InvalidRequest:
-    return InvalidRequest(f"Invalid schema for response_format: {reason.strip()}", param="response_format")
+def _refusal(wanted: Structured, reason: str) -> InvalidRequest:
+    field = "response_format" if wanted.kind in ("json_object", "json_schema") else f"structured_outputs.{wanted.kind}"
+    return InvalidRequest(f"Invalid schema for {field}: {reason.strip()}", param=field)

@@ -49,7 +49,7 @@ class VllmBackend:
             model, wrapped = load_model_with_fallback(
                 str(directory), {"trust_remote_code": False}, model_id=frame.model_id
             )
-            shape = geometry.measure(model)
+            shape = geometry.measure(model, frame.options.kv_bits)
         tokenizer = getattr(wrapped, "_tokenizer", wrapped)
         context = _context_length(config, frame.options)
         self._table = TokenTable(tokenizer)
