@@ -12,7 +12,7 @@ from typing import Any, cast
 import anyio
 
 from opta_lmx.api.services import Services
-from opta_lmx.config import Config, MemoryConfig
+from opta_lmx.config import Config, MemoryConfig, Preset
 from opta_lmx.errors import LmxError
 from opta_lmx.inference.engine import InferenceEngine
 from opta_lmx.manager.memory import LoadNeed, MemoryMonitor
@@ -112,6 +112,10 @@ class ScriptedEngine:
         settings = self._config.models
         known = [files.id for files in self._models.list_available()]
         return resolve(name, known, settings.aliases, {id: preset.model for id, preset in settings.presets.items()})
+
+    def preset(self, name: str) -> Preset | None:
+        """As the engine does."""
+        return self._config.models.presets.get(name)
 
     async def load_model(self, name: str) -> LoadResult:
         """1.5 GiB used after 0.25 seconds, or ``refusal``."""

@@ -86,6 +86,8 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     prompt: Prompt
     sampling: SamplingParams = SamplingParams()
     structured: Structured | None = None
+    # A bound of the caller's own, in tokens of prompt and answer; None leaves the model's.
+    context_length: int | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -61,11 +61,16 @@ def check_error(response: httpx.Response, status: int, code: str | None) -> Json
 
 @dataclass(slots=True)
 class Stream:
-    """A streamed answer, event by event, as far as it has been read."""
+    """A streamed answer, byte by byte, as far as it has been read."""
 
     status: int
     headers: httpx.Headers
-    lines: list[str]
+    raw: bytes = b""
+
+    @property
+    def lines(self) -> list[str]:
+        """Its lines; only a line feed ends one, whatever Unicode calls a line's end."""
+        return self.raw.decode().split("\n")
 
     @property
     def events(self) -> list[JsonObject]:
@@ -76,7 +81,7 @@ class Stream:
     @property
     def done(self) -> bool:
         """True if the stream ended with [DONE]."""
-        return [line for line in self.lines if line][-1:] == ["data: [DONE]"]
+        return self.raw.endswith(b"\n\ndata: [DONE]\n\n")
 
     @property
     def pieces(self) -> list[str]:
@@ -104,12 +109,11 @@ class Stream:
 async def stream(client: httpx.AsyncClient, body: JsonObject, begun: anyio.Event | None = None, at: int = 1) -> Stream:
     """Streams an answer to its end; ``begun`` is set when its text has come in ``at`` chunks."""
     async with client.stream("POST", CHAT, json={**body, "stream": True}) as response:
-        read = Stream(response.status_code, response.headers, [])
-        seen = 0
-        async for line in response.aiter_lines():
-            read.lines.append(line)
-            seen += '"content":' in line and '"role"' not in line
-            if begun is not None and seen >= at:
+        read = Stream(response.status_code, response.headers)
+        async for chunk in response.aiter_bytes():
+            read.raw += chunk
+            # The role chunk has its content last.
+            if begun is not None and read.raw.count(b'"delta":{"content":') >= at:
                 begun.set()
     return read
 

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +22,9 @@ from tests.integration.chatting import (
     connect,
     content,
     depths,
+    status,
     stream,
-    until_status,
+    until,
     words,
 )
 from tests.integration.conftest import StartServer
@@ -181,7 +183,13 @@ async def test_answers_end_where_they_should(server: StartServer, subtests: pyte
             answer = await ask(client, "a", "one two", n=3)
             assert [choice["message"]["content"] for choice in answer.json()["choices"]] == ["one two"] * 3
             assert [choice["index"] for choice in answer.json()["choices"]] == [0, 1, 2]
-            assert (answer.json()["usage"]["prompt_tokens"], answer.json()["usage"]["completion_tokens"]) == (2, 9)
+            assert counts(answer) == (2, 9)
+
+
+def counts(answer: httpx.Response) -> tuple[int, int]:
+    """Tokens of the prompt and of the answer."""
+    usage = answer.json()["usage"]
+    return usage["prompt_tokens"], usage["completion_tokens"]
 
 
 async def test_a_prompt_that_does_not_fit_is_refused_before_it_is_read(server: StartServer) -> None:
@@ -219,7 +227,7 @@ async def test_a_full_queue_turns_newcomers_away_and_drops_nobody(server: StartS
         async with anyio.create_task_group() as tasks:
             for number in range(4):
                 tasks.start_soon(talk, number)
-                await until_status(client, lambda shown, number=number: sum(depths(shown)) == number + 1)
+                await until(lambda: admitted(client), lambda count: count == number + 1)  # noqa: B023 - awaited here
             for streaming in (False, True):
                 response = await client.post(CHAT, json=chat("a", "fifth", stream=streaming))
                 error = check_error(response, 429, "rate_limit_exceeded")
@@ -227,6 +235,11 @@ async def test_a_full_queue_turns_newcomers_away_and_drops_nobody(server: StartS
                 assert int(response.headers["retry-after"]) >= 1
         assert len(answers) == 4
         assert content(await ask(client, "a", "fifth again")) == "fifth again"
+
+
+async def admitted(client: httpx.AsyncClient) -> int:
+    """Requests that run or wait."""
+    return sum(depths(await status(client)))
 
 
 SAID: Final = "Ja: \u6f22\u00e9\U0001f600!"
@@ -249,7 +262,7 @@ def teach(directory: Path) -> Path:
     # With attention and feed-forward silent the last hidden state is the last token's embedding, normed.
     embeddings = mx.random.normal(weights["model.embed_tokens.weight"].shape, key=mx.random.key(0))
     head = mx.zeros_like(embeddings)
-    for token, following in zip(chain, chain[1:], strict=False):
+    for token, following in pairwise(chain):
         head[following] = embeddings[token]
     weights |= {"model.embed_tokens.weight": embeddings, "lm_head.weight": head}
     weights["model.norm.weight"] = mx.ones_like(weights["model.norm.weight"])

@@ -227,6 +227,7 @@ async def test_close_stops_all_at_once_and_refuses_the_waiting() -> None:
         await closing
         assert (await unload).freed_bytes >= 10 * GIB
         assert house.machine.workers == []
+        assert [model.id for model in house.residency.snapshot()] == ["coming"]
         serving.end()
         with pytest.raises(Draining):
             await house.residency.lease(A)

@@ -10,14 +10,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 
-from opta_lmx.config import Config
+from opta_lmx.config import Config, Preset
 from opta_lmx.errors import Draining, WorkerLost
 from opta_lmx.inference.admission import Admission, Slot
-from opta_lmx.inference.worker_client import WorkerClient, WorkerStream
+from opta_lmx.inference.worker_client import WorkerClient
+from opta_lmx.inference.worker_stream import WorkerStream
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.residency import Lease, LoadResult, Residency, UnloadResult
 from opta_lmx.monitoring.logging import get_logger
-from opta_lmx.router.resolve import resolve
+from opta_lmx.router.resolve import preset_behind, resolve
 from opta_lmx.types import CacheReport, Delta, GenerateRequest, ModelFiles
 
 # A request that was in two workers when they died is likelier to be the cause than the victim.
@@ -112,9 +113,17 @@ class InferenceEngine:
 
     def resolve(self, name: str) -> str:
         """The model id behind a name; raises ModelNotFound with the nearest names."""
+        return resolve(name, *self._names())
+
+    def preset(self, name: str) -> Preset | None:
+        """The preset a name stands for, directly or by an alias; None for a plain model."""
+        found = preset_behind(name, *self._names())
+        return self._config.models.presets[found] if found is not None else None
+
+    def _names(self) -> tuple[list[str], Mapping[str, str], dict[str, str]]:
         models = self._config.models
         known = [files.id for files in self._models.list_available()]
-        return resolve(name, known, models.aliases, {id: preset.model for id, preset in models.presets.items()})
+        return known, models.aliases, {name: preset.model for name, preset in models.presets.items()}
 
     def queue_depths(self) -> Mapping[str, tuple[int, int]]:
         """Requests (running, waiting) of each model that has any history."""

@@ -50,6 +50,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     prompt: Prompt
     sampling: SamplingParams
     structured: Structured | None = None
+    context_length: int | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

@@ -46,6 +46,20 @@ def resolve(
     raise ModelNotFound(shown, _nearest(name, [*known, *presets, *(alias for alias in aliases if not _is_glob(alias))]))
 
 
+def preset_behind(
+    name: str, known: Collection[str], aliases: Mapping[str, str], presets: Mapping[str, str]
+) -> str | None:
+    """The first preset on the way from ``name`` to its model, None if there is none; the way is ``resolve``'s."""
+    current: str | None = name
+    for _ in range(MAX_STEPS + 1):
+        if current is None or current in known:
+            return None
+        if current in presets:
+            return current
+        current = _follow(current, aliases, presets)
+    return None
+
+
 def is_name(name: str) -> bool:
     """False for what can name no model: empty, overlong, an absolute path, ``.`` or ``..`` as a part, unprintable."""
     parts = name.replace("\\", "/").split("/")

@@ -27,10 +27,6 @@ class Book:
         """Note this round's sample."""
         self.samples.setdefault(Key(subject, metric), {})[self.round] = value
 
-    def sample(self, subject: str, metric: str) -> float:
-        """This round's sample, which must be there."""
-        return self.samples[Key(subject, metric)][self.round]
-
     def median(self, subject: str, metric: str) -> float | None:
         """Of the rounds; None if it was never measured."""
         values = self.samples.get(Key(subject, metric))

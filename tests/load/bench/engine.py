@@ -38,9 +38,9 @@ class RawEngine:
         result = await self._do("bare", prompts=prompts, max_tokens=max_tokens)
         return float(result["tokens"] / result["seconds"])
 
-    async def alone(self, prompts: Sequence[Conversation], max_tokens: int) -> list[str]:
-        """The greedy text of each prompt by itself."""
-        return list((await self._do("alone", prompts=prompts, max_tokens=max_tokens))["texts"])
+    async def alone(self, prompt: Conversation, max_tokens: int) -> str:
+        """The greedy text of one prompt by itself, which every server must give."""
+        return str((await self._do("alone", prompt=prompt, max_tokens=max_tokens))["text"])
 
     async def calls(self, prompts: Sequence[Conversation]) -> list[float]:
         """Seconds to the first token of each prompt, one after another."""

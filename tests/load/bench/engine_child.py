@@ -59,10 +59,10 @@ class Engine:
             mx.eval(last)
         return {"seconds": perf_counter() - started, "tokens": size * max_tokens}
 
-    def alone(self, prompts: list[Conversation], max_tokens: int) -> Result:
-        """Each prompt by itself, greedy: the texts every server must give."""
-        made = [self._generate([self._render(prompt)], max_tokens)[0] for prompt in prompts]
-        return {"texts": [self._tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]}
+    def alone(self, prompt: Conversation, max_tokens: int) -> Result:
+        """One prompt by itself, greedy: its text."""
+        [tokens] = self._generate([self._render(prompt)], max_tokens)
+        return {"text": self._tokenizer.decode(tokens, skip_special_tokens=True)}
 
     def calls(self, prompts: list[Conversation]) -> Result:
         """One token for each prompt, one after another: the seconds of each."""

@@ -1,9 +1,8 @@
 """The ends of things: a client who leaves, a server that starts, and the memory both leave behind."""
 
+from statistics import median
 from time import perf_counter
 from typing import Final
-
-from statistics import median
 
 from tests.load.bench.client import Connection, connected
 from tests.load.bench.processes import BenchError

@@ -1,4 +1,4 @@
-"""One model from its making to its last sample: servers and mlx-lm start, rounds alternate between them, texts compare."""
+"""One model from its making to its last sample: everything starts, the rounds alternate, the texts are compared."""
 
 import asyncio
 import json
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -78,7 +77,7 @@ async def measure_model(name: str, profile: Profile, run: Run, home: Path) -> Me
     models = home / "models"
     model = _STARTERS.get(name, name)
     directory = models / model
-    models.mkdir(parents=True)
+    _make(models)
     if name not in _STARTERS:
         _say(f"{name}: building the model")
         command = own_python("-m", "tests.load.bench.models", name, str(directory))
@@ -101,7 +100,7 @@ async def measure_model(name: str, profile: Profile, run: Run, home: Path) -> Me
 
 async def measure_elsewhere(server: Elsewhere, profile: Profile, run: Run, home: Path) -> Measured:
     """A server that runs already. Raises BenchError if it does not answer."""
-    home.mkdir(parents=True)
+    _make(home)
     async with AsyncExitStack() as stack:
         target = await running_elsewhere(server.url, server.model)
         bench = Bench(profile, Prompts(run.seed), Book(), [target], None)
@@ -145,37 +144,35 @@ async def _run_rounds(bench: Bench, name: str, rounds: int) -> None:
 
 
 async def _compare_texts(bench: Bench) -> None:
-    """Counts, for each round, the texts that differ from the same prompt's alone: by mlx-lm, else by the server."""
-    for answer_tokens, group in groupby(sorted(bench.said, key=_answer_tokens), key=_answer_tokens):
-        said = list(group)
-        if bench.engine is None:
-            alone = await _alone_by_server(bench, said)
-        else:
-            prompts = {_identity(one): one.ask.messages for one in said}
-            async with bench.attempt("raw", "texts alone"):
-                texts = await bench.engine.alone(list(prompts.values()), answer_tokens)
-            alone = dict(zip(prompts, texts, strict=True))
-        for one in said:
-            if one.text != alone.get(_identity(one), one.text):
-                bench.book.round = one.round
-                bench.book.add(one.target.name, one.metric, bench.book.sample(one.target.name, one.metric) + 1)
+    """Counts, for each round, the texts that differ from the same prompt's alone; none where that cannot be had."""
+    alone: dict[str, str] = {}
+    wrong: dict[tuple[int, str, str], int] = {}
+    for said in bench.said:
+        key = json.dumps([said.ask.messages, said.ask.max_tokens])
+        if key not in alone:
+            text = await _text_alone(bench, said)
+            if text is None:
+                return
+            alone[key] = text
+        place = (said.round, said.target.name, said.metric)
+        wrong[place] = wrong.get(place, 0) + (said.text != alone[key])
+    for (bench.book.round, name, metric), count in wrong.items():
+        bench.book.add(name, metric, count)
 
 
-async def _alone_by_server(bench: Bench, said: Sequence[Said]) -> dict[str, str]:
-    texts: dict[str, str] = {}
-    for one in said:
-        async with bench.attempt(one.target.name, "texts alone"):
-            async with connected(one.target.host, one.target.port, 1) as [connection]:
-                texts[_identity(one)] = (await one.target.ask(connection, one.ask)).text
-    return texts
+async def _text_alone(bench: Bench, said: Said) -> str | None:
+    """What mlx-lm says to the prompt alone, or the same server where mlx-lm cannot be asked; None if neither could."""
+    target = said.target
+    async with bench.attempt(target.name if bench.engine is None else "raw", "text alone"):
+        if bench.engine is not None:
+            return await bench.engine.alone(said.ask.messages, said.ask.max_tokens)
+        async with connected(target.host, target.port, 1) as [connection]:
+            return (await target.ask(connection, said.ask)).text
+    return None
 
 
-def _answer_tokens(said: Said) -> int:
-    return said.ask.max_tokens
-
-
-def _identity(said: Said) -> str:
-    return json.dumps(said.ask.messages)
+def _make(directory: Path) -> None:
+    directory.mkdir(parents=True)
 
 
 def _say(progress: str) -> None:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -52,7 +52,7 @@ async def running(
     try:
         yield process
     finally:
-        await asyncio.shield(_end(process))
+        await _end(process)
 
 
 async def run_to_end(command: Sequence[str], home: Path, log: Path, seconds: float) -> None:

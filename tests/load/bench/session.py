@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import psutil
+
 from tests.load.bench.book import Book
 from tests.load.bench.engine import RawEngine
 from tests.load.bench.processes import BenchError
@@ -48,8 +50,7 @@ class Bench:
         return self.prompts.question(self.profile.prompt_tokens)
 
     def remember(self, target: Target, metric: str, ask: Ask, text: str) -> None:
-        """Have a text compared at the end; its samples count from 0 wrong in this round."""
-        self.book.add(target.name, metric, 0)
+        """Have a text compared once all rounds are over."""
         self.said.append(Said(self.book.round, target, metric, ask, text))
 
     @asynccontextmanager
@@ -61,7 +62,7 @@ class Bench:
                 yield
         except TimeoutError:
             reason = f"not done in {self.profile.bound_seconds:.0f} s"
-        except (BenchError, OSError) as error:
+        except (BenchError, OSError, psutil.Error) as error:
             reason = str(error) or type(error).__name__
         if reason is not None:
             self.book.failures.append(f"{subject}: {what}, round {self.book.round + 1}: {reason}")

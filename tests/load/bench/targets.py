@@ -82,7 +82,7 @@ class Target:
         return _cpu(psutil.Process(self.pid)), sum(map(_cpu, descendants(self.pid)))
 
     async def resident_bytes(self) -> tuple[int | None, int | None]:
-        """Memory of the server's own process and of its loaded workers; None for what cannot be seen or is not there."""
+        """Memory of the server's own process and of its loaded workers; None for what is not there to be seen."""
         if self.pid is None:
             return None, None
         worker = None
@@ -161,7 +161,7 @@ async def running_elsewhere(url: str, model: str) -> Target:
         async with asyncio.timeout(10), connected(target.host, target.port, 1) as [connection]:
             status, _ = await target.get(connection, "/admin/status")
     except (OSError, TimeoutError) as error:
-        raise BenchError(f"no server answers at {url}: {error or 'it is silent'}") from None
+        raise BenchError(f"no server answers at {url}: {str(error) or 'it is silent'}") from None
     return Target(target.name, target.host, target.port, model, has_status=status == 200)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 Conversation: TypeAlias = list[dict[str, str]]
 
 # Common words: with a space in front each is one token to the tokenizers of published models and to our own.
-WORDS: Final = """
+_TEXT: Final = """
 about after again all also always another answer any around ask back because been before began being best better
 between big body book both boy bring build business call came can car care carry case change child city clear close
 come common could country course cut day did different does done door down each early earth easy eat end enough even
@@ -26,7 +26,8 @@ sound south space stand star start state stay step still stone stop story street
 table take talk teach tell ten than their them then there these thing think three time told took top toward town tree
 true try turn two under until upon use very voice wait walk want war warm watch water way week well went were west what
 wheel when where which while white who why wind winter with woman wonder wood word work world would write year young
-""".split()
+"""
+WORDS: Final = _TEXT.split()
 
 GREEDY: Final[Mapping[str, Any]] = {"temperature": 0}
 

@@ -16,6 +16,7 @@ from opta_lmx.api.parsing import read_object
 from opta_lmx.api.services import Services
 from opta_lmx.api.sse import EventStream, cache_header
 from opta_lmx.api.validation import validate, wrong_value
+from opta_lmx.config import Preset
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
 from opta_lmx.types import ChatPrompt, GenerateRequest, JsonObject, SamplingParams
 
@@ -69,8 +70,8 @@ async def create_chat_completion(request: Request) -> Response:
     if not body.get("model"):
         raise InvalidRequest("you must provide a model parameter")
     chat = validate(ChatRequest, body)
-    wanted = to_generate_request(chat, request.state.request_id)
     services: Services = request.app.state.services
+    wanted = to_generate_request(chat, request.state.request_id, services.engine.preset(chat.model))
     head, logprobs = _head(chat, request), bool(chat.logprobs)
     writer = partial(ChatChunks, head, include_usage=_include_usage(chat), logprobs=logprobs)
     if chat.stream:
@@ -83,16 +84,39 @@ async def create_chat_completion(request: Request) -> Response:
     return Response(content, headers=cache_header(generation.cache), media_type="application/json")
 
 
-def to_generate_request(chat: ChatRequest, request_id: str) -> GenerateRequest:
-    """The request without OpenAI; raises InvalidRequest or UnsupportedParameter naming what cannot be honoured."""
+def to_generate_request(chat: ChatRequest, request_id: str, preset: Preset | None = None) -> GenerateRequest:
+    """The request without OpenAI, its gaps filled from ``preset``.
+
+    Raises InvalidRequest or UnsupportedParameter naming what cannot be honoured.
+    """
     _refuse_unsupported(chat)
+    messages, variables = to_template_messages(chat.messages), _template_kwargs(chat)
+    if preset is not None:
+        chat = _filled(chat, preset)
+        variables = {**preset.template_kwargs, **variables}
+        if preset.system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": preset.system_prompt}, *messages]
     return GenerateRequest(
         request_id=request_id,
         model=chat.model,
-        prompt=ChatPrompt(to_template_messages(chat.messages), template_kwargs=_template_kwargs(chat)),
+        prompt=ChatPrompt(messages, template_kwargs=variables),
         sampling=_sampling(chat),
         structured=to_structured(chat),
+        context_length=preset.context_length if preset is not None else None,
     )
+
+
+def _filled(chat: ChatRequest, preset: Preset) -> ChatRequest:
+    """The request with the preset's sampling where it brings none of its own."""
+    given = preset.sampling.model_dump(exclude_none=True)
+    own = {name for name in given if getattr(chat, name) is not None}
+    if chat.max_completion_tokens is not None:
+        own.add("max_tokens")
+    if chat.repeat_penalty is not None:
+        own.add("repetition_penalty")
+    if "stop" in given:
+        given["stop"] = list(given["stop"])
+    return chat.model_copy(update={name: value for name, value in given.items() if name not in own})
 
 
 def _refuse_unsupported(chat: ChatRequest) -> None:

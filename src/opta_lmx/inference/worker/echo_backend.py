@@ -109,9 +109,10 @@ class EchoBackend:
         if frame.structured is not None:
             raise UnsupportedParameter("An echo model cannot follow a grammar.", param="response_format")
         token_ids, param = _tokenise(frame.prompt)
-        room = self._context_length - len(token_ids)
+        context = min(self._context_length, frame.context_length or self._context_length)
+        room = context - len(token_ids)
         if room < 1:
-            raise ContextTooLong(len(token_ids), self._context_length, param=param)
+            raise ContextTooLong(len(token_ids), context, param=param)
         wanted = frame.sampling.max_tokens
         return Prepared(
             id=frame.id,

@@ -11,13 +11,12 @@ from opta_lmx.types import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 class PromptReader:
     """Renders and tokenises. Safe on any one thread while the model runs on another."""
 
-    def __init__(self, tokenizer: Any, context_length: int, vocab_size: int) -> None:
-        """``tokenizer`` is a transformers tokenizer; lengths are tokens."""
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        """``tokenizer`` is a transformers tokenizer."""
         self._tokenizer = tokenizer
-        self._context_length = context_length
         self._vocab_size = vocab_size
 
-    def read(self, prompt: Prompt) -> list[int]:
+    def read(self, prompt: Prompt, context_length: int) -> list[int]:
         """Token ids, at least one and fewer than the context; raises RequestRejected with the field at fault."""
         if isinstance(prompt, ChatPrompt):
             field, ids = "messages", self._chat(prompt)
@@ -27,8 +26,8 @@ class PromptReader:
             field, ids = "prompt", self._tokens(prompt)
         if not ids:
             ids = self._opening()
-        if len(ids) >= self._context_length:
-            raise ContextTooLong(len(ids), self._context_length, param=field)
+        if len(ids) >= context_length:
+            raise ContextTooLong(len(ids), context_length, param=field)
         return ids
 
     def _chat(self, prompt: ChatPrompt) -> list[int]:

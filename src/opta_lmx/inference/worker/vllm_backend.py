@@ -54,7 +54,7 @@ class VllmBackend:
         context = _context_length(config, frame.options)
         self._table = TokenTable(tokenizer)
         self._stop_ids = frozenset(collect_eos_token_ids(tokenizer, str(directory)))
-        self._reader = PromptReader(tokenizer, context, shape.vocab_size)
+        self._reader = PromptReader(tokenizer, shape.vocab_size)
         self._grammars = GrammarCompiler(tokenizer, shape.vocab_size, self._stop_ids)
         self._prefixes = _prefix_cache(shape, frame.options.prefix_cache_bytes)
         self._wants_boundaries = self._prefixes is not None and self._prefixes.exact_positions_only
@@ -81,11 +81,12 @@ class VllmBackend:
                     param="logit_bias" if token in sampling.logit_bias else "stop_token_ids",
                     code="invalid_value",
                 )
-        token_ids = self._reader.read(frame.prompt)
+        context = min(self._facts.context_length, frame.context_length or self._facts.context_length)
+        token_ids = self._reader.read(frame.prompt, context)
         boundaries = self._reader.boundaries(frame.prompt, token_ids) if self._wants_boundaries else ()
         # Compiled here, so that a schema that cannot be used is refused before the request takes a place.
         grammar = self._grammars.compile(frame.structured) if frame.structured is not None else None
-        room = self._facts.context_length - len(token_ids)
+        room = context - len(token_ids)
         wanted = room if sampling.max_tokens is None else sampling.max_tokens
         return Prepared(frame.id, frame.request_id, token_ids, min(wanted, room), sampling, grammar, boundaries)
 

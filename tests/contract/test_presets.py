@@ -1,0 +1,51 @@
+"""A preset fills what a request leaves open, and never overrules it."""
+
+from typing import Any
+
+from opta_lmx.api.openai.chat import to_generate_request
+from opta_lmx.api.openai.wire import ChatRequest
+from opta_lmx.api.validation import validate
+from opta_lmx.config import Preset, PresetSampling
+from opta_lmx.types import ChatPrompt, GenerateRequest
+
+PRESET = Preset(
+    model="m",
+    system_prompt="Be brief.",
+    sampling=PresetSampling(temperature=0.5, max_tokens=7, stop=("END",), repetition_penalty=1.1),
+    template_kwargs={"enable_thinking": False},
+    context_length=100,
+)
+USER = {"role": "user", "content": "x"}
+
+
+def asked(**fields: Any) -> GenerateRequest:
+    """A request over PRESET."""
+    return to_generate_request(validate(ChatRequest, {"model": "p", "messages": [USER], **fields}), "r", PRESET)
+
+
+def test_gaps_are_filled() -> None:
+    """A bare request gets everything the preset sets."""
+    wanted = asked()
+    assert wanted.prompt == ChatPrompt(
+        [{"role": "system", "content": "Be brief."}, USER], template_kwargs={"enable_thinking": False}
+    )
+    sampling = wanted.sampling
+    assert (sampling.temperature, sampling.max_tokens, sampling.stop) == (0.5, 7, ("END",))
+    assert (sampling.repetition_penalty, wanted.context_length) == (1.1, 100)
+
+
+def test_own_values_win() -> None:
+    """Whatever the request says itself stays, under any of its spellings."""
+    own_system = {"role": "system", "content": "Sing."}
+    wanted = asked(
+        messages=[own_system, USER],
+        temperature=0,
+        max_completion_tokens=3,
+        stop="X",
+        repeat_penalty=1.3,
+        chat_template_kwargs={"enable_thinking": True},
+    )
+    assert wanted.prompt == ChatPrompt([own_system, USER], template_kwargs={"enable_thinking": True})
+    sampling = wanted.sampling
+    assert (sampling.temperature, sampling.max_tokens, sampling.stop) == (0, 3, ("X",))
+    assert sampling.repetition_penalty == 1.3
