@@ -73,6 +73,8 @@ class FakeWorker:
     pid: int
     on_exit: Callable[[WorkerExit], None]
     footprint_bytes: int
+    granted_bytes: int = 0
+    decide: Callable[[int | None], int] = lambda wanted: 0
     serving: int = 0
     stopping: bool = False
     alive: bool = True
@@ -80,6 +82,21 @@ class FakeWorker:
     @property
     def facts(self) -> ModelFacts:
         return ModelFacts("llama", 4096, 32000, self.model.weights_bytes, 1024, has_chat_template=True)
+
+    def govern_kv(self, decide: Callable[[int | None], int]) -> None:
+        """From now on ``grow`` and ``rest`` speak with the ledger."""
+        self.decide = decide
+
+    def grow(self, wanted_bytes: int) -> bool:
+        """Ask for so many bytes for all caches together, and fill what is granted; False if it is less than asked."""
+        self.granted_bytes = self.decide(wanted_bytes)
+        self.footprint_bytes = self.machine.most_bytes(self)
+        return self.granted_bytes >= wanted_bytes
+
+    def rest(self) -> None:
+        """Nothing runs any more: the caches are empty, and what they had grown by is given back."""
+        self.granted_bytes = self.decide(None)
+        self.footprint_bytes = self.model.weights_bytes + WORKER_OVERHEAD_BYTES
 
     async def stop(self, grace_seconds: float) -> None:
         """Ends at once, or when ``Machine.stop_gate`` opens; tells ``on_exit`` before it returns."""
@@ -162,13 +179,20 @@ class Machine:
             self.violations.append(f"two loads of {model.id} at once")
         if any(w.model.id == model.id for w in self.workers):
             self.violations.append(f"{model.id} loaded beside its living process")
-        models = [model, *(worker.model for worker in self.workers), *self._loading.values()]
-        if self.others_bytes + sum(map(self.most_bytes, models)) > self.limit_bytes:
+        if self.promised_bytes + self.most_bytes(model) > self.limit_bytes:
             self.violations.append(f"{model.id} loaded with no room for it")
 
-    def most_bytes(self, model: ModelFiles) -> int:
-        """What a worker may come to use: its weights, itself, and a full KV reserve."""
-        return model.weights_bytes + int(model.weights_bytes * self.kv_reserve_fraction) + WORKER_OVERHEAD_BYTES
+    @property
+    def promised_bytes(self) -> int:
+        """What all programs together may come to use without asking again."""
+        return self.others_bytes + sum(map(self.most_bytes, (*self.workers, *self._loading.values())))
+
+    def most_bytes(self, user: FakeWorker | ModelFiles) -> int:
+        """What a model may come to use: its weights, its process, and its KV caches full to the brim."""
+        model = user.model if isinstance(user, FakeWorker) else user
+        granted = user.granted_bytes if isinstance(user, FakeWorker) else 0
+        kv = max(granted, int(model.weights_bytes * self.kv_reserve_fraction))
+        return model.weights_bytes + WORKER_OVERHEAD_BYTES + kv
 
 
 class Tasks:
@@ -269,3 +293,5 @@ class Serving:
     def end(self) -> None:
         self.worker.serving -= 1
         self.lease.release()
+        if self.worker.serving == 0 and self.worker.alive:
+            self.worker.rest()

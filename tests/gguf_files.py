@@ -112,9 +112,10 @@ def random_weights(vocab_size: int, *, tied: bool = True, seed: int = 0) -> Weig
 
 def gguf_name(name: str) -> str:
     """What GGUF calls a tensor of mlx-lm's llama."""
-    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     if not name.startswith("model.layers."):
-        return top.get(name, "output.weight")
+        base, _, leaf = name.rpartition(".")
+        return f"{top[base]}.{leaf}"
     _, _, layer, module = name.split(".", 3)
     base, _, leaf = module.rpartition(".")
     return f"blk.{layer}.{_NAMES[base]}.{leaf}"

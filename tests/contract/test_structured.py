@@ -49,5 +49,5 @@ def test_each_way_to_ask_for_a_form_is_one_grammar(fields: dict[str, Any], expec
 
 def test_two_forms_at_once_are_refused() -> None:
     """An answer cannot follow two grammars; the error names both."""
-    with pytest.raises(InvalidRequest, match="'response_format' and 'structured_outputs.regex'"):
+    with pytest.raises(InvalidRequest, match=r"'response_format' and 'structured_outputs\.regex'"):
         asked(response_format={"type": "json_object"}, structured_outputs={"regex": "a"})

@@ -338,6 +338,7 @@ def test_large_tensors_are_written_in_chunks(tmp_path: Path, whole: Path, vocabu
         ({"llama.attention.head_count_kv": 3}, "cannot share 3 key-value heads"),
         ({"llama.feed_forward_length": 128}, r"has the shape \(96, 64\), not \(128, 64\)"),
         ({"llama.block_count": 3}, r"'blk\.2\..*' is missing"),
+        ({"llama.block_count": 4_000_000_000}, "4,000,000,000 layers but has 20 tensors"),
         ({"llama.block_count": 1}, r"'blk\.1\..*' has no place"),
         ({"llama.context_length": None}, "'llama.context_length' is missing"),
         ({"llama.context_length": "long"}, "not a whole number above zero"),
@@ -360,6 +361,23 @@ def test_what_cannot_be_carried_over_is_refused(
     with pytest.raises(ImportRefused, match=reason):
         run(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "reason"),
+    [
+        ("model.norm.bias", 64, r"'output_norm\.bias' has no place"),
+        ("model.layers.0.self_attn.q_proj.bias", 128, r"'blk\.0\.attn_k\.bias' is missing"),
+        ("model.layers.1.mlp.up_proj.bias", 64, r"has the shape \(64,\), not \(96,\)"),
+    ],
+)
+def test_biases_come_in_whole_groups(name: str, rows: int, reason: str, tmp_path: Path, vocabulary: Vocabulary) -> None:
+    """A bias that mlx-lm's llama has no place for, or only a part of a group, is refused."""
+    source = tmp_path / "m.gguf"
+    weights = random_weights(len(vocabulary.tokens)) | {name: np.zeros(rows, np.float32)}
+    write_llama(source, weights, vocabulary)
+    with pytest.raises(ImportRefused, match=reason):
+        run(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan, 1e6])

@@ -71,7 +71,20 @@ class History:
         machine = self.house.machine
         for worker in machine.workers:
             if worker.model.id == model_id:
-                worker.footprint_bytes = machine.most_bytes(worker.model)
+                worker.footprint_bytes = machine.most_bytes(worker)
+
+    def grow(self, wish: tuple[int, int]) -> None:
+        """A running request needs more KV cache than was set aside; what is granted lies under the cap."""
+        which, gib = wish
+        machine = self.house.machine
+        living = [serving.worker for serving in self.servings if serving.worker.alive]
+        if living:
+            worker = living[which % len(living)]
+            before = worker.granted_bytes
+            worker.grow(gib * GIB)
+            assert worker.granted_bytes <= max(before, machine.most_bytes(worker.model)) or (
+                machine.promised_bytes <= machine.limit_bytes
+            )
 
     def fail(self, model_id: str) -> None:
         failures = self.house.machine.failures
@@ -154,6 +167,7 @@ HISTORIES = st.lists(
         _steps(History.hold, st.tuples(_MODEL, st.sampled_from([5.0, 100.0]))),
         _steps(History.crash, _MODEL),
         _steps(History.fill, _MODEL),
+        _steps(History.grow, st.tuples(_WHICH, st.sampled_from([1, 5, 20, 40]))),
         _steps(History.fail, _MODEL),
         _steps(History.hang, st.tuples(st.booleans(), st.booleans())),
         _steps(History.others, st.sampled_from([0, 10, 30, 60])),

@@ -7,13 +7,16 @@ from pathlib import Path
 from opta_lmx.cli.arguments import Arguments
 from opta_lmx.cli.failure import ExitCode, Failure
 from opta_lmx.config import Config, ConfigError, find_config, load_config
+from opta_lmx.router.resolve import check_aliases
 
 
 def read_config(arguments: Arguments, environ: Mapping[str, str]) -> tuple[Config, Path | None]:
     """The merged settings and the file they come from (None: no file); raises Failure for the first bad one."""
     try:
         path = find_config(arguments.config, environ=environ, home=Path.home())
-        return load_config(path, environ=environ, flags=arguments.flags), path
+        config = load_config(path, environ=environ, flags=arguments.flags)
+        check_aliases(config.models.aliases)
+        return config, path
     except ConfigError as error:
         hint = "docs/configuration.md lists every key with its type, default and range"
         raise Failure(str(error), hint, ExitCode.USAGE) from None

@@ -14,7 +14,8 @@ class Resident:
     """A model that holds memory, as the eviction policy sees it.
 
     ``memory_bytes`` is what its end gives back. ``last_used`` only orders (any one clock). ``protected``: pinned,
-    or held by a bot's lease; ``leases`` counts the requests that use it now.
+    or held by a bot's lease; ``leases`` counts the requests that use it now, ``grown_bytes`` is what those have been
+    promised for their KV caches beyond what the load had set aside.
     """
 
     id: str
@@ -23,6 +24,7 @@ class Resident:
     state: ModelState
     leases: int
     protected: bool
+    grown_bytes: int = 0
 
     @property
     def idle(self) -> bool:
@@ -60,9 +62,10 @@ def coming_bytes(residents: Iterable[Resident]) -> int:
 def waitable_bytes(residents: Sequence[Resident], *, evict: bool) -> int:
     """The most that waiting can free: an upper bound, for the choice between waiting and refusing at once.
 
-    Stopping models go. A loading one stops being counted twice (reservation and footprint) when it is ready.
-    With ``evict`` the unprotected ones can follow once they are idle.
+    Stopping models go. A loading one stops being counted twice (reservation and footprint) when it is ready, and a
+    busy one gives back twice what its requests had grown by. With ``evict`` the unprotected follow once they are idle.
     """
-    loading = sum(r.memory_bytes for r in residents if r.state is ModelState.LOADING)
+    twice = sum(r.memory_bytes for r in residents if r.state is ModelState.LOADING)
+    twice += sum(2 * r.grown_bytes for r in residents)
     leaving = sum(r.memory_bytes for r in residents if r.state is not ModelState.STOPPING and not r.protected)
-    return coming_bytes(residents) + loading + (leaving if evict else 0)
+    return coming_bytes(residents) + twice + (leaving if evict else 0)

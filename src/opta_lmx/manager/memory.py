@@ -210,6 +210,7 @@ class MemoryMonitor:
         self._probe = probe
         self._now = now
         self._reserved: dict[str, int] = {}
+        self._grown: dict[str, int] = {}
         self._reading: MemoryReading | None = None
         self._read_at = 0.0
 
@@ -239,11 +240,20 @@ class MemoryMonitor:
     @property
     def reserved_bytes(self) -> int:
         """Everything promised: loads not yet ready, and the KV and prefix caches of the ready."""
-        return sum(self._reserved.values())
+        return sum(self._reserved.values()) + self.grown_bytes
+
+    @property
+    def grown_bytes(self) -> int:
+        """The part promised to running requests beyond what their models' loads had set aside."""
+        return sum(self._grown.values())
 
     def reserved_by(self, owner: str) -> int:
         """What ``owner`` is promised; 0 if nothing."""
         return self._reserved.get(owner, 0)
+
+    def grown_by(self, owner: str) -> int:
+        """What ``owner``'s running requests are promised beyond that; 0 if nothing."""
+        return self._grown.get(owner, 0)
 
     def reserve(self, owner: str, size_bytes: int) -> None:
         """Promise ``owner`` this much from now on, in place of what it was promised before."""
@@ -254,3 +264,15 @@ class MemoryMonitor:
     def release(self, owner: str) -> None:
         """End the promise to ``owner``; harmless if there is none."""
         self._reserved.pop(owner, None)
+        self._grown.pop(owner, None)
+
+    def grow_kv(self, owner: str, base_bytes: int, wanted_bytes: int | None) -> int:
+        """What ``owner``'s KV caches may take from now on: ``wanted_bytes`` if the cap leaves it, else what it had.
+
+        ``base_bytes`` were set aside at its load. None says that it is idle, which gives back all beyond those.
+        """
+        extra = max(0, (wanted_bytes or 0) - base_bytes)
+        held = self._grown.get(owner, 0)
+        if extra <= held or extra - held <= self.ledger(0).free_bytes:
+            held = self._grown[owner] = extra
+        return base_bytes + held

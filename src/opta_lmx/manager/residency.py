@@ -209,7 +209,7 @@ class Residency:
         for record in self._records.values():
             record.check(self.memory.reserved_by(record.id))
         owned = sum(record.promised_bytes() for record in self._records.values())
-        assert self.memory.reserved_bytes == owned, "a reservation has no owner"
+        assert self.memory.reserved_bytes - self.memory.grown_bytes == owned, "a reservation has no owner"
 
     async def _acquire(self, files: ModelFiles, ttl_seconds: float | None) -> Lease:
         if self._closing:
@@ -288,7 +288,7 @@ class Residency:
         return plan.verdict not in (Verdict.FITS_AFTER_STOP, Verdict.FITS_AFTER_EVICTION)
 
     def _plan(self, files: ModelFiles, options: LoadOptions) -> LoadPlan:
-        residents = [record.resident() for record in self._records.values() if record.process is not None]
+        residents = [r.resident(self.memory.grown_by(r.id)) for r in self._records.values() if r.process is not None]
         need, ledger = self.memory.need(files, options), self.memory.ledger(0)
         return plan_load(files.id, need, ledger, residents, evict=self.auto_evict)
 
@@ -306,9 +306,9 @@ class Residency:
         _log.info("load_started", **plan.as_dict())
         # Absent with a reason: its worker has died.
         record.restarts += record.state is ModelState.ABSENT and record.reason is not None
-        record.state = ModelState.LOADING
-        record.process = Process(plan.need)
+        record.state, record.process = ModelState.LOADING, Process(plan.need)
         self.memory.reserve(record.id, plan.need.total_bytes)
+        options = msgspec.structs.replace(options, kv_bytes=plan.need.kv_bytes)
         self.tasks.start_soon(self._run_load, record, record.process, options)
 
     async def _run_load(self, record: Record, process: Process, options: LoadOptions) -> None:
@@ -337,10 +337,10 @@ class Residency:
         else:
             record.forget_leavers()
             record.state, record.reason, record.last_used = ModelState.READY, None, self.now()
-            process.worker, process.loaded_at = outcome, self.wall()
-            process.ttl_seconds = self._ttl(record)
+            process.worker, process.loaded_at, process.ttl_seconds = outcome, self.wall(), self._ttl(record)
             # The weights are footprint now, which every reading shows; KV and prefix cache have still to be filled.
             self.memory.reserve(record.id, process.need.held_bytes)
+            outcome.govern_kv(partial(self.memory.grow_kv, record.id, process.need.kv_bytes))
             process.used_before_bytes = self.memory.reading(0).used_bytes
             _log.info("model_loaded", model=record.id, pid=outcome.pid, seconds=seconds)
             self._grant_waiters(record)

@@ -156,8 +156,8 @@ class Record:
         """True if somebody waits for a load that has not been started."""
         return self.process is None and bool(self.waiters)
 
-    def resident(self) -> Resident:
-        """The facts the eviction policy judges; only while it is in memory."""
+    def resident(self, grown_bytes: int = 0) -> Resident:
+        """The facts the eviction policy judges, while it is in memory; ``grown_bytes`` is known to the ledger."""
         process = self.process
         return Resident(
             id=self.id,
@@ -166,6 +166,7 @@ class Record:
             state=self.state,
             leases=process.leases if process else 0,
             protected=self.protection is not None,
+            grown_bytes=grown_bytes,
         )
 
     def end_holds(self, now: float) -> None:

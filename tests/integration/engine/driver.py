@@ -5,6 +5,7 @@ end, the batch never passes its limit.
 """
 
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from opta_lmx.inference.worker.backend import Prepared, StepResult
-from opta_lmx.inference.worker.batch import DecodeBatch
+from opta_lmx.inference.worker.batch import Caches, DecodeBatch
 from opta_lmx.inference.worker.decoder import PrefixCache
 from opta_lmx.inference.worker.detokenizer import TokenTable
 from opta_lmx.inference.worker.geometry import CacheGeometry
@@ -97,7 +98,10 @@ class Answer:
 
 
 class Engine:
-    """A scheduler and everything it said. ``launch`` chooses how the batch samples; None leaves that to the engine."""
+    """A scheduler and everything it said.
+
+    ``launch`` chooses how the batch samples, None leaves that to the engine; ``on_end`` is then the batch's.
+    """
 
     def __init__(
         self,
@@ -106,6 +110,7 @@ class Engine:
         *,
         prefixes: PrefixCache | None = None,
         launch: type[HostLaunch] | type[DeviceLaunch] | None = None,
+        on_end: Callable[[Sequence, int, Caches], None] | None = None,
         books: KvBooks | None = None,
     ) -> None:
         self.tiny = tiny
@@ -114,7 +119,7 @@ class Engine:
         self.scheduler = LmxScheduler(tiny.model, tiny.tokenizer, self.options, books=books, prefixes=prefixes)
         if launch is not None:
             assert prefixes is None  # the batch replaced here would keep no answers
-            self.scheduler.batch_generator.batch = DecodeBatch(tiny.model, launch)
+            self.scheduler.batch_generator.batch = DecodeBatch(tiny.model, launch, on_end)
         self.answers: dict[tuple[int, int], Answer] = {}
         self.started: dict[int, CacheReport] = {}
         self.failed: dict[int, str] = {}

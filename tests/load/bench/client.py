@@ -65,8 +65,9 @@ class Connection(asyncio.Protocol):
         self._done = done = asyncio.get_running_loop().create_future()
         self._left = None
         exchange.sent_at = perf_counter()
-        self._transport.write(request)
-        if not self.is_open:
+        if self.is_open:
+            self._transport.write(request)
+        else:
             self.connection_lost(None)
         return exchange, done
 

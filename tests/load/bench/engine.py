@@ -5,6 +5,7 @@ import json
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,22 @@ _LOAD_SECONDS = 120.0
 _LINE_BYTES = 16 * 2**20
 
 
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Tokens and the seconds they took; rates of several runs add up."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Rate") -> "Rate":
+        return Rate(self.tokens + other.tokens, self.seconds + other.seconds)
+
+    @property
+    def per_second(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+
 class RawEngine:
     """One loaded model; every method returns when the child is idle again, or raises BenchError.
 
@@ -28,15 +45,13 @@ class RawEngine:
         self._process = process
         self._log = log
 
-    async def batch(self, prompts: Sequence[Conversation], max_tokens: int) -> float:
-        """Tokens a second of mlx-lm's BatchGenerator over all prompts at once."""
-        result = await self._do("batch", prompts=prompts, max_tokens=max_tokens)
-        return float(result["tokens"] / result["seconds"])
+    async def batch(self, prompts: Sequence[Conversation], max_tokens: int) -> Rate:
+        """mlx-lm's BatchGenerator over all prompts at once."""
+        return Rate(**await self._do("batch", prompts=prompts, max_tokens=max_tokens))
 
-    async def bare(self, prompts: Sequence[Conversation], max_tokens: int) -> float:
-        """Tokens a second of one forward and one argmax a step, for as many rows."""
-        result = await self._do("bare", prompts=prompts, max_tokens=max_tokens)
-        return float(result["tokens"] / result["seconds"])
+    async def bare(self, prompts: Sequence[Conversation], max_tokens: int) -> Rate:
+        """One forward and one argmax a step, for as many rows."""
+        return Rate(**await self._do("bare", prompts=prompts, max_tokens=max_tokens))
 
     async def alone(self, prompt: Conversation, max_tokens: int) -> str:
         """The greedy text of one prompt by itself, which every server must give."""
@@ -59,12 +74,12 @@ class RawEngine:
             raise BenchError(f"raw mlx-lm did not load the model in {_LOAD_SECONDS:.0f} s") from None
 
     async def _do(self, job: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"job": job, **arguments}).encode() + b"\n")
-            await self._process.stdin.drain()
-        except ConnectionError:
-            raise BenchError(f"raw mlx-lm has ended: {tail(self._log)}") from None
+        stdin = self._process.stdin
+        assert stdin is not None
+        # uvloop raises RuntimeError for a write to a pipe it knows to be closed.
+        if not stdin.is_closing():
+            stdin.write(json.dumps({"job": job, **arguments}).encode() + b"\n")
+        # A pipe that breaks now shows as the end of the results.
         return await self._result()
 
     async def _result(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tests.load.bench.workload import Ask, Conversation
 _STREAMS: Final = 4
 
 # Reads after which a stream is taken to have found its pace; the median gap is taken over them.
-_SETTLED_READS: Final = 50
+_SETTLED_READS: Final = 30
 
 # The server's own default for the most prompt tokens in one step (config.yaml).
 CHUNK_TOKENS: Final = 512

@@ -1,14 +1,16 @@
 """Many streams at once: tokens a second, times to the first token and between tokens, whose CPU it took."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from time import perf_counter, process_time
+from time import process_time
 from typing import Any, Final
 
 from tests.load.bench.answer import Answer, read_answer
 from tests.load.bench.book import percentile
 from tests.load.bench.client import connected, exchange_all
-from tests.load.bench.processes import BenchError
+from tests.load.bench.engine import Rate
 from tests.load.bench.session import Bench
 from tests.load.bench.targets import Target
 from tests.load.bench.workload import GREEDY, Ask
@@ -20,35 +22,73 @@ SAMPLINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "top_p_top_k": {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
 }
 
+# Each kind of sampling so often in a round: they differ by less than the machine's mood within a second.
+_SAMPLING_REPEATS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Volley:
+    """Requests sent at once and what came back. ``cpu`` is seconds of client, server and its children meanwhile."""
+
+    asks: Sequence[Ask]
+    answers: Sequence[Answer]
+    cpu: tuple[float, float, float]
+
+    @property
+    def seconds(self) -> float:
+        """From the first request's first byte to the last answer's last."""
+        return max(answer.ended_at for answer in self.answers) - min(answer.sent_at for answer in self.answers)
+
+    @property
+    def whole(self) -> list[Answer]:
+        """The answers that have all that was asked for."""
+        pairs = zip(self.asks, self.answers, strict=True)
+        return [
+            answer
+            for ask, answer in pairs
+            if answer.problem is None and answer.completion_tokens == ask.max_tokens and answer.arrivals
+        ]
+
 
 async def concurrency(bench: Bench) -> None:
-    """Every batch size: raw mlx-lm, the bare loop and the servers, all with the same prompts."""
-    tokens = bench.profile.answer_tokens
-    for batch in bench.profile.batches:
-        prompts = [bench.question() for _ in range(batch)]
-        if bench.engine is not None:
-            async with bench.attempt("raw", f"batch {batch}"):
-                bench.book.add("raw", f"tok_s@{batch}", await bench.engine.batch(prompts, tokens))
-                bench.book.add("bare", f"tok_s@{batch}", await bench.engine.bare(prompts, tokens))
-        for target in bench.turns():
-            async with bench.attempt(target.name, f"{batch} streams"):
-                asks = [Ask(prompt, tokens) for prompt in prompts]
-                answers = await _stream(bench, target, asks, f"@{batch}")
-                for ask, answer in list(zip(asks, answers, strict=True))[: bench.profile.checked]:
-                    bench.remember(target, f"wrong@{batch}", ask, answer.text)
+    """Every batch size: raw mlx-lm, the bare loop and the servers in turn, all with the same prompts."""
+    profile = bench.profile
+    tokens = profile.answer_tokens
+    for batch in profile.batches:
+        raw, bare = Rate(), Rate()
+        volleys: dict[str, list[Volley]] = {target.name: [] for target in bench.targets}
+        for _ in range(profile.repeats(batch)):
+            prompts = [bench.question() for _ in range(batch)]
+            if bench.engine is not None:
+                async with bench.attempt("raw", f"batch {batch}"):
+                    raw += await bench.engine.batch(prompts, tokens)
+                    bare += await bench.engine.bare(prompts, tokens)
+            for target in bench.turns():
+                async with bench.attempt(target.name, f"{batch} streams"):
+                    volleys[target.name].append(await _fire(target, [Ask(prompt, tokens) for prompt in prompts]))
+        for subject, rate in (("raw", raw), ("bare", bare)):
+            if rate.seconds:
+                bench.book.add(subject, f"tok_s@{batch}", rate.per_second)
+        for target in bench.targets:
+            _note(bench, target, volleys[target.name], f"@{batch}")
+            said = [pair for volley in volleys[target.name] for pair in zip(volley.asks, volley.answers, strict=True)]
+            for ask, answer in said[: profile.checked]:
+                bench.remember(target, f"wrong@{batch}", ask, answer.text)
 
 
 async def sampling(bench: Bench) -> None:
-    """The cost of sampling: one batch greedy, by temperature, and by temperature, top-p and top-k."""
+    """The cost of sampling: one batch greedy, by temperature, and by temperature, top-p and top-k, in turn."""
     profile = bench.profile
     for target in bench.turns():
-        for word, parameters in SAMPLINGS.items():
-            async with bench.attempt(target.name, f"sampling {word}"):
-                asks = [
-                    Ask(bench.question(), profile.answer_tokens, sampling=parameters)
-                    for _ in range(profile.sampled_batch)
-                ]
-                await _stream(bench, target, asks, f"@{word}")
+        volleys: dict[str, list[Volley]] = {word: [] for word in SAMPLINGS}
+        for _ in range(_SAMPLING_REPEATS):
+            for word, parameters in SAMPLINGS.items():
+                async with bench.attempt(target.name, f"sampling {word}"):
+                    prompts = [bench.question() for _ in range(profile.sampled_batch)]
+                    asks = [Ask(prompt, profile.answer_tokens, sampling=parameters) for prompt in prompts]
+                    volleys[word].append(await _fire(target, asks))
+        for word in SAMPLINGS:
+            _note(bench, target, volleys[word], f"@{word}")
 
 
 async def warm_up(bench: Bench) -> None:
@@ -60,42 +100,41 @@ async def warm_up(bench: Bench) -> None:
             await bench.engine.bare(prompts, 4)
     for target in bench.targets:
         async with bench.attempt(target.name, "warm-up"):
-            await _exchange(bench, target, [Ask(prompt, 4) for prompt in prompts], "@warm_up")
+            await _fire(target, [Ask(prompt, 4) for prompt in prompts])
 
 
-async def _stream(bench: Bench, target: Target, asks: Sequence[Ask], at: str) -> list[Answer]:
-    """Streams at once, their numbers noted under metrics that end with ``at``; raises BenchError if none is whole."""
-    answers = await _exchange(bench, target, asks, at)
-    whole = [
-        answer
-        for ask, answer in zip(asks, answers, strict=True)
-        if answer.problem is None and answer.completion_tokens == ask.max_tokens and answer.arrivals
-    ]
-    add, name = bench.book.add, target.name
-    add(name, f"errors{at}", len(answers) - len(whole))
+async def _fire(target: Target, asks: Sequence[Ask]) -> Volley:
+    requests = [target.to_http(ask) for ask in asks]
+    async with connected(target.host, target.port, len(requests)) as connections:
+        client, (server, children) = process_time(), target.cpu_seconds()
+        exchanges = await exchange_all(connections, requests)
+        client = process_time() - client
+        server_after, children_after = target.cpu_seconds()
+    answers = [read_answer(exchange) for exchange in exchanges]
+    return Volley(asks, answers, (client, server_after - server, children_after - children))
+
+
+def _note(bench: Bench, target: Target, volleys: Sequence[Volley], at: str) -> None:
+    """The numbers of some volleys together, under metrics that end with ``at``."""
+    if not volleys:
+        return
+    whole = [answer for volley in volleys for answer in volley.whole]
+    everything = [answer for volley in volleys for answer in volley.answers]
+    seconds = sum(volley.seconds for volley in volleys)
+    add = partial(bench.book.add, target.name)
+    add(f"errors{at}", len(everything) - len(whole))
+    if problems := [answer.problem for answer in everything if answer.problem is not None]:
+        bench.book.failures.append(f"{target.name}: streams {at}, round {bench.book.round + 1}: {problems[0]}")
     if not whole:
-        raise BenchError(answers[0].problem or f"{answers[0].completion_tokens} tokens, not {asks[0].max_tokens}")
-    seconds = max(answer.ended_at for answer in answers) - min(answer.sent_at for answer in answers)
-    add(name, f"tok_s{at}", sum(answer.completion_tokens for answer in answers) / seconds)
+        return
+    add(f"tok_s{at}", sum(answer.completion_tokens for answer in everything) / seconds)
     ttfts = [answer.ttft for answer in whole]
     gaps = list(chain.from_iterable(answer.gaps for answer in whole)) or [0.0]
     for percent in (50, 95):
-        add(name, f"ttft_p{percent}{at}", percentile(ttfts, percent))
-        add(name, f"itl_p{percent}{at}", percentile(gaps, percent))
+        add(f"ttft_p{percent}{at}", percentile(ttfts, percent))
+        add(f"itl_p{percent}{at}", percentile(gaps, percent))
     events = sum(len(answer.arrivals) for answer in whole)
-    add(name, f"tokens_per_event{at}", sum(answer.completion_tokens for answer in whole) / events)
-    return answers
-
-
-async def _exchange(bench: Bench, target: Target, asks: Sequence[Ask], at: str) -> list[Answer]:
-    """All asks at once; notes how much of a core each side of the conversation used."""
-    requests = [target.to_http(ask) for ask in asks]
-    async with connected(target.host, target.port, len(requests)) as connections:
-        theirs, ours, started = target.cpu_seconds(), process_time(), perf_counter()
-        exchanges = await exchange_all(connections, requests)
-        elapsed = perf_counter() - started
-        bench.book.add(target.name, f"cpu_client{at}", (process_time() - ours) / elapsed)
-        for part, before, after in zip(("server", "workers"), theirs, target.cpu_seconds(), strict=True):
-            if target.pid is not None:
-                bench.book.add(target.name, f"cpu_{part}{at}", (after - before) / elapsed)
-    return [read_answer(exchange) for exchange in exchanges]
+    add(f"tokens_per_event{at}", sum(answer.completion_tokens for answer in whole) / events)
+    for at_cpu, part in enumerate(("client", "server", "workers")):
+        if part == "client" or target.pid is not None:
+            add(f"cpu_{part}{at}", sum(volley.cpu[at_cpu] for volley in volleys) / seconds)

@@ -1,5 +1,8 @@
 """/admin/models: what is on disk, what is in memory, and moving the one into the other."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from fastapi import APIRouter, Request
 
 from opta_lmx.api.admin.wire import (
@@ -16,6 +19,7 @@ from opta_lmx.api.openapi import request_body
 from opta_lmx.api.parsing import read_object
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import validate
+from opta_lmx.errors import ModelNotFound
 from opta_lmx.manager.residency import ResidentModel
 from opta_lmx.types import ModelFiles
 
@@ -41,7 +45,8 @@ async def load_model(request: Request) -> Loaded:
     """Load a model, joining a load in flight; 507 with the arithmetic if it does not fit."""
     wanted = validate(ModelRequest, await read_object(request))
     services: Services = request.app.state.services
-    result = await services.engine.load_model(wanted.model_id)
+    with _named_model_id():
+        result = await services.engine.load_model(wanted.model_id)
     return Loaded(
         model_id=result.model_id,
         memory_after_load_gb=to_gib(result.memory_after_bytes),
@@ -54,8 +59,19 @@ async def unload_model(request: Request) -> Unloaded:
     """Unload a model once its requests have ended, and answer when its process has gone; 409 if it is pinned."""
     wanted = validate(ModelRequest, await read_object(request))
     services: Services = request.app.state.services
-    result = await services.engine.unload_model(wanted.model_id)
+    with _named_model_id():
+        result = await services.engine.unload_model(wanted.model_id)
     return Unloaded(model_id=result.model_id, memory_freed_gb=to_gib(result.freed_bytes))
+
+
+@contextmanager
+def _named_model_id() -> Iterator[None]:
+    """An unknown model is told of by the name its field has on these routes."""
+    try:
+        yield
+    except ModelNotFound as error:
+        error.param = "model_id"
+        raise
 
 
 def _loaded(model: ResidentModel) -> LoadedModel:

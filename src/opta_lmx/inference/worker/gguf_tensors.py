@@ -178,17 +178,20 @@ class Target:
 
 def plan(sources: Sequence[Source], architecture: Architecture, dimensions: Dimensions, dtype: str) -> list[Target]:
     """Names, shapes and row orders of every tensor; raises ImportRefused for a missing, strange or misshapen one."""
+    if dimensions.num_hidden_layers > len(sources):
+        raise ImportRefused(f"it claims {dimensions.num_hidden_layers:,} layers but has {len(sources):,} tensors")
     names = dict(_names(architecture, dimensions.num_hidden_layers))
     targets = []
     for source in sources:
         base, _, leaf = source.name.rpartition(".")
-        if base not in names or leaf not in ("weight", "bias"):
-            raise ImportRefused(f"the tensor {source.name!r} has no place in this architecture")
         short = base.rpartition(".")[2]
+        has_place = leaf == "weight" or (leaf == "bias" and any(short in group for group in architecture.biased))
+        if base not in names or not has_place:
+            raise ImportRefused(f"the tensor {source.name!r} has no place in this architecture")
         expected = _shape(short, dimensions)[: 1 if leaf == "bias" else None]
         if source.shape != expected:
             raise ImportRefused(f"the tensor {source.name!r} has the shape {source.shape}, not {expected}")
-        heads = {"attn_q": dimensions.num_attention_heads}.get(short, dimensions.num_key_value_heads)
+        heads = dimensions.num_attention_heads if short == "attn_q" else dimensions.num_key_value_heads
         order = half_order(heads, dimensions.head_dim) if short in architecture.interleaved else None
         targets.append(Target(source, names[base], order, _parts(source, f"{names[base]}.{leaf}", dtype)))
     missing = sorted(_required(names, sources, architecture) - {source.name for source in sources})

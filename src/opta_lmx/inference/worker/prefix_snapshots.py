@@ -11,6 +11,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
+from mlx.utils import tree_map
+
 from opta_lmx.types import CacheReport
 
 _REMEMBERED_EVICTIONS = 4096
@@ -65,7 +68,7 @@ class PrefixSnapshots:
         if key in self._snapshots:
             self._snapshots.move_to_end(key)
             return
-        kept = copy.deepcopy(caches)
+        kept = _compact(caches)
         snapshot = _Snapshot(len(tokens), kept, sum(layer.nbytes for layer in kept))
         if snapshot.nbytes > self._budget:
             return
@@ -97,6 +100,15 @@ class PrefixSnapshots:
             done = length
             keys.append(hasher.copy().digest())
         return keys
+
+
+def _compact(caches: list[Any]) -> list[Any]:
+    """Copies with buffers of their own and no room to grow: a view would keep alive whatever it is a part of."""
+    kept = copy.deepcopy(caches)
+    for layer in kept:
+        layer.state = tree_map(mx.contiguous, layer.state)
+    mx.eval([layer.state for layer in kept])
+    return kept
 
 
 def _digest(tokens: list[int]) -> bytes:

@@ -3,8 +3,8 @@
 Kept from vllm-mlx 0.6.0: the request life cycle (``add_request``, deferred aborts, the waiting and running books).
 Replaced, and why (the numbers are measurements of that version):
 
-``_ensure_batch_generator``  one sampler for the whole batch, rebuilt when parameters change: requests got each other's
-``_create_batch_generator``  mlx-lm's BatchGenerator: row-by-row sampling, deep copies of prompt caches
+``batch_generator``          mlx-lm's BatchGenerator: one sampler for the whole batch (requests got each other's), work
+                             row by row, deep copies of prompt caches; ours is ``decoder.BatchDecoder``
 ``_schedule_waiting``        ignores stop tokens, seeds, groups and memory; fetches prefixes before a request's turn
 ``_process_batch_responses`` a detokenizer whose cost grows with the line (over half of the step)
 ``step``                     one bad request ended all of them, and some failures left a caller waiting for ever

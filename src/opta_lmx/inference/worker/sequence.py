@@ -11,6 +11,9 @@ from opta_lmx.inference.worker.detokenizer import Detokenizer, TokenTable
 from opta_lmx.inference.worker.sampling import Logits, LogitsProcessor, RowSampler
 from opta_lmx.types import Delta, FinishReason, TokenLogprob
 
+# random.Random takes the absolute value of a seed, so that -1 and 1 would be the same; modulo 2**64 they are not.
+_SEEDS = 2**64
+
 
 class Sequence:
     """Accepts one token a step. ``take`` decides whether it ends; ``delta`` tells what the step added.
@@ -38,7 +41,7 @@ class Sequence:
             top_k=params.top_k,
             top_p=params.top_p,
             min_p=params.min_p,
-            generator=random.Random(None if params.seed is None else params.seed + choice),
+            generator=random.Random(None if params.seed is None else (params.seed + choice) % _SEEDS),
             processors=processors,
         )
         self._table = table
