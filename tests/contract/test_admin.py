@@ -178,7 +178,7 @@ async def test_load_and_unload(client: httpx.AsyncClient, world: World) -> None:
         ({"model_id": "tiny", "pined": True}, 400, "unknown_parameter", "pined"),
         ({"model_id": "tiny", "pined": None}, 400, "unknown_parameter", "pined"),
         ({"model_id": "tiny", "<x": None}, 400, "unknown_parameter", "<x"),
-        ({"model_id": "tinny"}, 404, "model_not_found", "model"),
+        ({"model_id": "tinny"}, 404, "model_not_found", "model_id"),
     ],
 )
 async def test_a_wrong_wish(
