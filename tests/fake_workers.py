@@ -185,7 +185,8 @@ class Machine:
     @property
     def promised_bytes(self) -> int:
         """What all programs together may come to use without asking again."""
-        return self.others_bytes + sum(map(self.most_bytes, (*self.workers, *self._loading.values())))
+        users: list[FakeWorker | ModelFiles] = [*self.workers, *self._loading.values()]
+        return self.others_bytes + sum(self.most_bytes(user) for user in users)
 
     def most_bytes(self, user: FakeWorker | ModelFiles) -> int:
         """What a model may come to use: its weights, its process, and its KV caches full to the brim."""

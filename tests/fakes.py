@@ -146,6 +146,9 @@ class FixedModels:
         """The list."""
         return self.available
 
+    def refresh(self) -> None:
+        """The list does not change."""
+
 
 class FixedResidency:
     """A Residency that shows what a test put into ``residents``."""

@@ -87,6 +87,12 @@ def test_waiting_frees_at_least_what_is_idle_or_coming(residents: list[Resident]
     assert waitable_bytes(residents, evict=evict) >= at_once
 
 
+def test_waiting_counts_on_what_requests_have_grown_by() -> None:
+    """A protected model stays, but its caches empty when its requests end: promise and footprint."""
+    held = replace(idle_model("a", 50, 1), protected=True, leases=1, grown_bytes=7)
+    assert waitable_bytes([held], evict=False) == 14
+
+
 def test_waiting_does_not_count_on_the_protected() -> None:
     """What is pinned or held will not leave; when it is loading, it at least stops counting twice."""
     held = replace(idle_model("a", 50, 1), protected=True)

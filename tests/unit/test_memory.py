@@ -205,6 +205,31 @@ def test_a_negative_reservation_is_a_bug() -> None:
         monitor.reserve("a", -1)
 
 
+def test_caches_grow_as_far_as_the_cap_leaves() -> None:
+    """A wish beyond what was set aside is granted whole or not at all; what was granted before is kept."""
+    machine = Machine(others_bytes=50 * GIB)
+    monitor = MemoryMonitor(MemoryConfig(), machine, machine.clock)
+    monitor.reserve("a", 10 * GIB)
+    assert monitor.grow_kv("a", 10 * GIB, 25 * GIB) == 25 * GIB
+    assert (monitor.grown_by("a"), monitor.grown_bytes) == (15 * GIB, 15 * GIB)
+    assert monitor.grow_kv("a", 10 * GIB, 41 * GIB) == 25 * GIB
+    assert monitor.grow_kv("a", 10 * GIB, 40 * GIB) == 40 * GIB
+    assert monitor.ledger().free_bytes == 0
+
+
+def test_growth_is_given_back() -> None:
+    """An idle model keeps what its load had set aside; one that has gone keeps nothing."""
+    monitor = MemoryMonitor(MemoryConfig(), Machine())
+    monitor.reserve("a", 10)
+    assert monitor.grow_kv("a", 10, 25) == 25
+    assert monitor.grow_kv("a", 10, 12) == 12
+    assert monitor.grow_kv("a", 10, None) == 10
+    assert monitor.reserved_bytes == 10
+    assert monitor.grow_kv("a", 10, 30) == 30
+    monitor.release("a")
+    assert monitor.reserved_bytes == 0
+
+
 def test_need_takes_context_fraction_and_prefix_cache_from_the_settings() -> None:
     """The configuration gives the fraction, the load's options the context and the prefix cache."""
     monitor = MemoryMonitor(MemoryConfig(kv_reserve_fraction=0.5), Machine())

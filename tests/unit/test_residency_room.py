@@ -165,6 +165,20 @@ async def test_a_load_that_waits_for_busy_models_lets_others_pass() -> None:
         await waiting
 
 
+async def test_grown_caches_are_waited_for() -> None:
+    """A load that would fit but for what running requests have grown by waits until they end."""
+    async with House() as house:
+        a = await house.serve(A)
+        assert a.worker.grow(20 * GIB)
+        house.residency.pin("a")
+        caller = house.start(house.residency.load(B))
+        await house.settle()
+        assert house.residency.plan(B).verdict is Verdict.MUST_WAIT
+        a.end()
+        await house.advance(1)
+        assert (await caller).model_id == "b"
+
+
 async def test_what_a_ready_model_has_still_to_fill_stays_promised() -> None:
     """KV reserve and prefix cache of a ready model are not free for the next load."""
     async with House(kv_reserve_fraction=0.1) as house:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 
 from opta_lmx.config import Config, Preset
-from opta_lmx.errors import Draining, WorkerLost
+from opta_lmx.errors import Draining, ModelNotFound, WorkerLost
 from opta_lmx.inference.admission import Admission, Slot
 from opta_lmx.inference.worker_client import WorkerClient
 from opta_lmx.inference.worker_stream import WorkerStream
@@ -23,6 +23,9 @@ from opta_lmx.types import CacheReport, Delta, GenerateRequest, ModelFiles
 
 # A request that was in two workers when they died is likelier to be the cause than the victim.
 _STARTS = 2
+
+# A client that keeps asking for a model that does not exist must not make us read the disk each time.
+_LOOK_AGAIN_SECONDS = 1.0
 
 _log = get_logger("engine")
 
@@ -74,6 +77,7 @@ class InferenceEngine:
         self._residency = residency
         self._now = now
         self._admissions: dict[str, Admission] = {}
+        self._looked_at = -_LOOK_AGAIN_SECONDS
         self._open = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -112,8 +116,18 @@ class InferenceEngine:
         return await self._residency.unload(self.resolve(name))
 
     def resolve(self, name: str) -> str:
-        """The model id behind a name; raises ModelNotFound with the nearest names."""
-        return resolve(name, *self._names())
+        """The model id behind a name; raises ModelNotFound with the nearest names.
+
+        A name nobody knows may be that of a model copied in since the last look at the disk.
+        """
+        try:
+            return resolve(name, *self._names())
+        except ModelNotFound:
+            if self._now() - self._looked_at < _LOOK_AGAIN_SECONDS:
+                raise
+            self._looked_at = self._now()
+            self._models.refresh()
+            return resolve(name, *self._names())
 
     def preset(self, name: str) -> Preset | None:
         """The preset a name stands for, directly or by an alias; None for a plain model."""

@@ -208,8 +208,8 @@ class Residency:
         """Raises AssertionError if records and ledger contradict each other."""
         for record in self._records.values():
             record.check(self.memory.reserved_by(record.id))
-        owned = sum(record.promised_bytes() for record in self._records.values())
-        assert self.memory.reserved_bytes - self.memory.grown_bytes == owned, "a reservation has no owner"
+        owned = sum(r.promised_bytes() + self.memory.grown_by(r.id) for r in self._records.values() if r.process)
+        assert self.memory.reserved_bytes == owned, "a reservation has no owner"
 
     async def _acquire(self, files: ModelFiles, ttl_seconds: float | None) -> Lease:
         if self._closing:
@@ -288,7 +288,7 @@ class Residency:
         return plan.verdict not in (Verdict.FITS_AFTER_STOP, Verdict.FITS_AFTER_EVICTION)
 
     def _plan(self, files: ModelFiles, options: LoadOptions) -> LoadPlan:
-        residents = [r.resident(self.memory.grown_by(r.id)) for r in self._records.values() if r.process is not None]
+        residents = [r.resident(self.memory.grown_by(r.id)) for r in self._records.values() if r.process]
         need, ledger = self.memory.need(files, options), self.memory.ledger(0)
         return plan_load(files.id, need, ledger, residents, evict=self.auto_evict)
 

@@ -61,6 +61,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         parser.error(f"no such model: {', '.join(unknown)}")
     if (arguments.against is None) != (arguments.model is None):
         parser.error("--against and --model go together")
+    if arguments.against is not None and arguments.vllm_mlx is not None:
+        parser.error("--vllm-mlx is measured beside our own server, not with --against")
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
     if arguments.model_dir is not None and not (arguments.model_dir / "config.json").is_file():

@@ -37,6 +37,7 @@ async def list_loaded_models(request: Request) -> LoadedModels:
 async def list_available_models(request: Request) -> AvailableModels:
     """Models on disk."""
     services: Services = request.app.state.services
+    services.models.refresh()
     return AvailableModels(models=[_available(files) for files in services.models.list_available()])
 
 

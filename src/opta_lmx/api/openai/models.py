@@ -18,6 +18,7 @@ _GLOB = set("*?[")
 async def list_models(request: Request) -> ModelList:
     """Every name a request may use; only loaded models where `models.jit` is off."""
     services: Services = request.app.state.services
+    services.models.refresh()
     usable = _usable(services)
     cards = [_card(model_id, files) for model_id, files in usable.items()]
     if services.config.models.jit:
