@@ -73,7 +73,10 @@ class Rooms:
             raise self.missing
         return model_files(model_id)
 
-    async def lease(self, files: ModelFiles) -> Lease:
+    def refresh(self) -> None:
+        """Nothing changes on this disk."""
+
+    async def lease(self, files: ModelFiles, *, may_load: bool = True) -> Lease:
         await self.may_lease.wait()
         if self.failure is not None:
             raise self.failure

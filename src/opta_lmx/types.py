@@ -4,7 +4,8 @@ Layer 0: no HTTP, no process, no MLX. Structs cross the border to the worker (``
 encodes them); dataclasses stay on their side of it. Sizes are bytes, times are seconds.
 """
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -197,6 +198,18 @@ class WorkerExit:
     stderr_tail: str
     expected: bool
 
+    def __str__(self) -> str:
+        """How it ended, in words, with its last line."""
+        code = self.exit_code
+        if code is None:
+            how = "no exit code"
+        elif code < 0:
+            how = f"signal {signal.Signals(-code).name}"
+        else:
+            how = f"exit code {code}"
+        last = self.stderr_tail.strip().rsplit("\n", 1)[-1]
+        return f"{how}: {last}" if last else how
+
 
 class ModelState(StrEnum):
     """absent -> loading -> ready -> stopping -> absent; failed keeps its reason until the next load."""
@@ -253,3 +266,9 @@ class MemoryProbe(Protocol):
     """Reads the machine's memory: psutil in production, a script in tests."""
 
     def read(self) -> MemoryReading: ...
+
+
+class TaskStarter(Protocol):
+    """Starts a coroutine function in a task that somebody owns, as an anyio TaskGroup does."""
+
+    def start_soon(self, func: Callable[..., Coroutine[Any, Any, object]], /, *args: object) -> object: ...

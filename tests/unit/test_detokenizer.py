@@ -95,6 +95,16 @@ def test_broken_bytes_of_a_fallback_run_become_replacement_characters(kind: str,
     assert _streamed(kind, ids) == (b"hello" + bytes(run) + b"hello").decode("utf-8", "replace")
 
 
+@given(st.lists(st.integers(0, 255), max_size=6))
+@example([0x58, 0xE2])
+def test_broken_bytes_do_not_break_another_decoder(run: list[int]) -> None:
+    """Where the library's own stream decodes, broken UTF-8 raises nothing, and the text goes on after it."""
+    hello = _ids("metaspace", "hello")
+    streamed = _streamed("metaspace", [*hello, *_ids("metaspace", *(f"<0x{byte:02X}>" for byte in run)), *hello])
+    assert streamed.startswith("hello")
+    assert streamed.endswith("hello")
+
+
 @given(st.lists(st.integers(0, 8), max_size=12))
 def test_word_pieces_stream_as_they_decode(ids: list[int]) -> None:
     """A decoder that looks at its neighbours (spaces, punctuation) gives the same text token by token."""

@@ -40,7 +40,7 @@ class CountingModel:
         self.pieces: list[list[int]] = []
 
     def __call__(self, inputs: mx.array, cache: list[Layer]) -> None:
-        piece: list[int] = inputs[0].tolist()
+        piece: Any = inputs[0].tolist()
         self.pieces.append(piece)
         self.now += self.seconds_per_token * len(piece)
         for layer in cache:
@@ -80,7 +80,7 @@ class Line:
 
     def run(self, *, steps: int = 1000) -> list[list[int]]:
         """Steps until nothing waits: the ids each completed."""
-        completed = []
+        completed: list[list[int]] = []
         while len(self.queue):
             assert len(completed) < steps
             completed.append(self.step()[0])

@@ -119,7 +119,7 @@ def test_what_cannot_fit_is_not_kept() -> None:
 
 
 def test_the_cause_says_why_a_hit_ends() -> None:
-    """none: all known; first_seen: nothing ever began like this; diverged: known up to there; evicted: more was known."""
+    """none: all known; first_seen: nothing began like this; diverged: known up to there; evicted: more was known."""
     snapshots = PrefixSnapshots(2 * _ONE)
     assert _fetch(snapshots, [1, 2, 3]) == (0, "first_seen")
     _store(snapshots, [1, 2])

@@ -83,7 +83,7 @@ async def test_a_worker_that_dies_as_its_load_ends_is_lost() -> None:
     house = House()
     house.machine = Fragile(clock=house.clock)
     async with house:
-        with pytest.raises(WorkerLost, match=r"exit code -9: out of memory"):
+        with pytest.raises(WorkerLost, match=r"signal SIGKILL: out of memory"):
             await house.residency.lease(A)
         assert house.shown("a").state is ModelState.FAILED
 
@@ -157,7 +157,7 @@ async def test_a_dead_worker_is_replaced_by_the_next_lease() -> None:
         serving.worker.end(-6, "Abort trap\n")
         await house.settle()
         assert house.shown("a").state is ModelState.ABSENT
-        assert house.shown("a").reason == "exit code -6: Abort trap"
+        assert house.shown("a").reason == "signal SIGABRT: Abort trap"
         again = await house.serve(A)
         serving.end()
         assert house.shown("a").restarts == 1

@@ -19,7 +19,6 @@ from opta_lmx.errors import (
     WorkerLost,
 )
 from opta_lmx.inference import protocol
-from opta_lmx.inference.worker_client import describe
 from opta_lmx.types import CacheReport, Delta, FinishReason, LoadOptions, WorkerExit
 from tests.fake_workers import model_files, settle
 from tests.worker_peer import FACTS, HELLO, READY, SAY, StartTalk, make_talk, next_of, request, step
@@ -328,4 +327,4 @@ async def test_wishes_for_memory_are_answered(talk: StartTalk) -> None:
 )
 def test_an_end_is_told_in_words(code: int | None, tail: str, words: str) -> None:
     """A code, or a signal by its name, and the last line."""
-    assert describe(WorkerExit(1, code, tail, expected=False)) == words
+    assert str(WorkerExit(1, code, tail, expected=False)) == words

@@ -88,19 +88,15 @@ class InferenceEngine:
         model_id = self._admit_name(request.model)
         self._open += 1
         self._idle.clear()
-        slot: Slot | None = None
+        held = _Held()
         try:
-            slot = await self._admission(model_id).enter()
+            held.slot = await self._admission(model_id).enter()
             files = await self._models.ensure_local(model_id)
-            stream = await self._start(request, files)
-        except BaseException:
-            self._close(slot)
-            raise
-        if stream.ended:
-            self._close(slot)
-        else:
-            stream.then(partial(self._close, slot))
-        return Generation(request.request_id, model_id, stream)
+            await self._start(request, files, held)
+        finally:
+            held.at_its_end(partial(self._close, held))
+        assert held.stream is not None
+        return Generation(request.request_id, model_id, held.stream)
 
     async def idle(self) -> None:
         """Wait until no request is open."""
@@ -156,38 +152,52 @@ class InferenceEngine:
             self._admissions[model_id] = admission
         return admission
 
-    def _close(self, slot: Slot | None) -> None:
+    def _close(self, held: "_Held") -> None:
         """Give back what an open request held."""
-        if slot is not None:
-            slot.release()
+        if held.slot is not None:
+            held.slot.release()
         self._open -= 1
         if self._open == 0:
             self._idle.set()
 
-    async def _start(self, request: GenerateRequest, files: ModelFiles) -> WorkerStream:
+    async def _start(self, request: GenerateRequest, files: ModelFiles, held: "_Held") -> None:
         """Lease, send, wait for the first token; once more if the worker dies before it."""
         starts = 0
         while True:
-            lease = await self._residency.lease(files)
+            lease = await self._residency.lease(files, may_load=self._config.models.jit)
             starts += 1
             try:
-                return await self._first_token(request, lease)
+                return await self._first_token(request, lease, held)
             except WorkerLost as error:
                 _log.warning("request_start_lost", request_id=request.request_id, model=files.id, cause=error.cause)
                 if starts == _STARTS:
                     raise
 
-    async def _first_token(self, request: GenerateRequest, lease: Lease) -> WorkerStream:
+    async def _first_token(self, request: GenerateRequest, lease: Lease, held: "_Held") -> None:
         worker = lease.worker
         assert isinstance(worker, WorkerClient)
         try:
-            stream = worker.generate(request, lease.release)
+            held.stream = worker.generate(request, lease.release)
         except WorkerLost:
             lease.release()
             raise
         try:
-            await stream.arrived()
+            await held.stream.arrived()
         except BaseException:
-            stream.cancel()
+            held.stream.cancel()
             raise
-        return stream
+
+
+class _Held:
+    """What one request holds on its way in."""
+
+    def __init__(self) -> None:
+        self.slot: Slot | None = None
+        self.stream: WorkerStream | None = None
+
+    def at_its_end(self, act: Callable[[], None]) -> None:
+        """Act once the worker is done with the request; now, if it never had it or is done already."""
+        if self.stream is None or self.stream.ended:
+            act()
+        else:
+            self.stream.then(act)

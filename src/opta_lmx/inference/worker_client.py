@@ -175,7 +175,7 @@ class WorkerClient(asyncio.Protocol):
         if event.done():
             event.result()
             return
-        raise LoadFailed(self.model_id, f"the worker ended while loading ({describe(self._gone.result())})")
+        raise LoadFailed(self.model_id, f"the worker ended while loading ({self._gone.result()})")
 
     def _send(self, frame: protocol.FromServer) -> None:
         if self._transport is not None and not self._transport.is_closing():
@@ -256,10 +256,11 @@ class WorkerClient(asyncio.Protocol):
             return
         exit = WorkerExit(self.pid, process.exit_code, process.stderr_tail, self._stopping)
         self._gone.set_result(exit)
-        for stream in list(self._streams.values()):
-            stream.fail(WorkerLost(self.model_id, describe(exit)))
+        # Its owner learns first: leases given back by the streams are then those of a worker known to be dead.
         if self._on_exit is not None:
             self._on_exit(exit)
+        for stream in list(self._streams.values()):
+            stream.fail(WorkerLost(self.model_id, str(exit)))
 
 
 class _Process(asyncio.SubprocessProtocol):
@@ -307,19 +308,6 @@ class _Process(asyncio.SubprocessProtocol):
         if text:
             self._lines.append(text)
             _log.info("worker_stderr", model=self._client.model_id, line=text)
-
-
-def describe(exit: WorkerExit) -> str:
-    """How a worker ended, in words, with its last line."""
-    code = exit.exit_code
-    if code is None:
-        how = "no exit code"
-    elif code < 0:
-        how = f"signal {signal.Signals(-code).name}"
-    else:
-        how = f"exit code {code}"
-    last = exit.stderr_tail.rsplit("\n", 1)[-1]
-    return f"{how}: {last}" if last else how
 
 
 def _refusal(frame: protocol.Refused) -> LmxError:

@@ -24,32 +24,25 @@ a caller leaves while waiting             forgotten: a running load goes on, one
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
 from uuid import uuid4
 
 import anyio
 import msgspec
 
 from opta_lmx.config import ModelsConfig, PerModel
-from opta_lmx.errors import Conflict, Draining, InvalidRequest, LmxError, ModelLoading, WorkerLost
+from opta_lmx.errors import Conflict, Draining, InvalidRequest, LmxError, ModelLoading, ModelNotFound, WorkerLost
 from opta_lmx.manager.memory import LoadPlan, MemoryMonitor, Verdict, plan_load
 from opta_lmx.manager.resident import Hold, Lease, LoadResult, Process, Record, ResidentModel, UnloadResult, Waiter
 from opta_lmx.monitoring.logging import get_logger
-from opta_lmx.types import LoadOptions, ModelFiles, ModelState, SpawnWorker, Worker, WorkerExit
+from opta_lmx.types import LoadOptions, ModelFiles, ModelState, SpawnWorker, TaskStarter, Worker, WorkerExit
 
-__all__ = ["Lease", "LoadResult", "Residency", "ResidentModel", "TaskStarter", "UnloadResult"]
+__all__ = ["Lease", "LoadResult", "Residency", "ResidentModel", "UnloadResult"]
 
 _log = get_logger(__name__)
-
-
-class TaskStarter(Protocol):
-    """Starts a coroutine function in a task that somebody owns, as an anyio TaskGroup does."""
-
-    def start_soon(self, func: Callable[..., Coroutine[Any, Any, object]], /, *args: object) -> object: ...
 
 
 @dataclass(eq=False)
@@ -74,13 +67,16 @@ class Residency:
     _numbers: Iterator[int] = field(init=False, repr=False, default_factory=itertools.count)
     _closing: bool = field(init=False, repr=False, default=False)
 
-    async def lease(self, files: ModelFiles, *, ttl_seconds: float | None = None) -> Lease:
-        """A hold on the model, loading it first if need be.
+    async def lease(self, files: ModelFiles, *, ttl_seconds: float | None = None, may_load: bool = True) -> Lease:
+        """A hold on the model, loading it first if need be and allowed; if not allowed, ModelNotFound.
 
         ``ttl_seconds`` becomes its idle time if this call starts the load (the first of those who join it counts);
         None takes the configuration's. Raises MemoryLimit, LoadFailed, WorkerLost, ModelLoading (an unload in
         progress outlasts the wait), Conflict (its files are being changed) or Draining.
         """
+        record = self._records.get(files.id)
+        if not may_load and (record is None or record.process is None):
+            raise ModelNotFound(files.id)
         lease = await self._acquire(files, ttl_seconds)
         self._records[files.id].request_count += 1
         return lease

@@ -118,10 +118,7 @@ class Process:
     @property
     def last_words(self) -> str | None:
         """How the worker ended by itself; None if it has not."""
-        if self.exit is None:
-            return None
-        tail = self.exit.stderr_tail.strip()
-        return f"exit code {self.exit.exit_code}" + (f": {tail}" if tail else "")
+        return None if self.exit is None else str(self.exit)
 
 
 @dataclass(slots=True, eq=False)

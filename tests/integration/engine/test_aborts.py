@@ -177,7 +177,7 @@ def test_no_memory_is_left_behind(tiny: Tiny, family: Family) -> None:
 @pytest.mark.parametrize("at", [1, 2, 4])
 @_BOTH
 def test_a_broken_processor_ends_its_own_request_only(tiny: Tiny, launch: Launch, at: int) -> None:
-    """The request fails as a whole, with the reason; its other choice and its neighbours' rows leave or go on cleanly."""
+    """The request fails as a whole, with the reason: its other choice leaves too, and its neighbours go on."""
     model = tiny("llama")
     engine = Engine(model, launch=launch)
     engine.ask(_VICTIM, model.prompt(20), processors=[Breaks(at)], n=2)

@@ -84,12 +84,13 @@ def test_arrivals_disturb_nobody(tiny: Tiny, family: Family) -> None:
     """Requests that join while others decode, and leave while others go on, say what they say alone."""
     model = tiny(family)
     engine = Engine(model, LoadOptions(max_running=5))
-    asked = [(model.prompt(length, seed=1), {"max_tokens": 4 + 5 * (id % 4)}) for id, length in enumerate(_LENGTHS)]
-    for id, (prompt, params) in enumerate(asked):
-        engine.ask(id, prompt, **params)
+    asked = [(model.prompt(length, seed=1), 4 + 5 * (id % 4)) for id, length in enumerate(_LENGTHS)]
+    for id, (prompt, limit) in enumerate(asked):
+        engine.ask(id, prompt, max_tokens=limit)
         engine.steps(1 + id % 3 * 2)
     engine.run().assert_empty()
-    assert [engine.said(id) for id in range(len(asked))] == [alone(model, prompt, **params) for prompt, params in asked]
+    for id, (prompt, limit) in enumerate(asked):
+        assert engine.said(id) == alone(model, prompt, max_tokens=limit)
 
 
 @_EVERY_FAMILY
@@ -123,14 +124,15 @@ def test_choices_share_one_prefill(tiny: Tiny, family: Family) -> None:
     assert [engine.said(1, choice) for choice in range(3)] == [alone(model, prompt[:50])] * 3
 
 
+@_BOTH
 @_EVERY_FAMILY
-def test_logprobs_are_those_of_a_whole_forward(tiny: Tiny, family: Family) -> None:
+def test_logprobs_are_those_of_a_whole_forward(tiny: Tiny, family: Family, launch: Launch) -> None:
     """In a batch where not all ask, each token's log-probability is the log-softmax of one forward over everything.
 
     Largest difference seen over all families: 4e-6 (float32, logits up to 14).
     """
     model = tiny(family)
-    engine = Engine(model)
+    engine = Engine(model, launch=launch)
     for id, length in enumerate((30, 100)):
         engine.ask(id, model.prompt(length), logprobs=3)
     engine.ask(2, model.prompt(50))
@@ -167,7 +169,7 @@ def test_the_end_of_sequence_is_obeyed_put_off_or_ignored(tiny: Tiny, launch: La
     """A model that wants to end at once: it does, after min_tokens, never, or at a token of the request's own."""
     model = tiny("llama")
     [end] = model.stop_ids
-    ends_at_once = {"logit_bias": {end: 1000.0}, "max_tokens": 9}
+    ends_at_once: dict[str, Any] = {"logit_bias": {end: 1000.0}, "max_tokens": 9}
     engine = Engine(model, launch=launch)
     engine.ask(0, model.prompt(10), **ends_at_once)
     engine.ask(1, model.prompt(10), **ends_at_once, min_tokens=4)
@@ -229,7 +231,10 @@ def test_an_ended_row_leaves_a_cache_of_exactly_what_was_fed(tiny: Tiny, family:
         engine.steps(id)
     engine.run()
     for id, (tokens, caches) in ended.items():
-        assert len(tokens) - len(model.prompt((70, 20, 9)[id])) in (len(engine.said(id)[0]), len(engine.said(id)[0]) - 1)
+        assert len(tokens) - len(model.prompt((70, 20, 9)[id])) in (
+            len(engine.said(id)[0]),
+            len(engine.said(id)[0]) - 1,
+        )
         went_on = model.model(mx.array([[7]]), cache=caches)[0, -1]
         afresh = model.model(mx.array([[*tokens, 7]]), cache=None)[0, -1]
         assert mx.allclose(went_on, afresh, atol=1e-3)

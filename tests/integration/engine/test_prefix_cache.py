@@ -1,4 +1,4 @@
-"""The prefix cache saves work and changes nothing: with it every text is the text without it, for every cache family."""
+"""The prefix cache saves work and changes nothing: with it every text is the text without it, in every family."""
 
 import random
 from collections.abc import Callable
@@ -88,7 +88,7 @@ def test_a_prompt_that_parts_midway_reuses_what_it_can(tiny: Tiny, family: Famil
 
 @_EVERY_FAMILY
 def test_cold_requests_share_one_prefill(tiny: Tiny, family: Family) -> None:
-    """Eight requests that arrive at once with one long system prompt: it is computed once, and all say what they say."""
+    """Eight requests arrive at once with one long system prompt: it is computed once, and nobody says anything else."""
     model = tiny(family)
     engine = Engine(model, LoadOptions(prefill_chunk_tokens=64), prefixes=model.new_prefix_cache())
     system = model.prompt(_SYSTEM, seed=6)

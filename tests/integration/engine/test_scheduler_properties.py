@@ -1,4 +1,4 @@
-"""Random traffic: whatever arrives, leaves and runs short of memory, every request gets its own answer and the end is empty."""
+"""Random traffic: whatever arrives, leaves or lacks memory, every request gets its own answer and nothing is left."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -193,7 +193,7 @@ def test_a_paused_sequence_goes_on_where_it_was(tiny: Tiny, family: Family, leav
     books = KvBooks(model.shape, 0)
     books.grant(books.need(2, 256))
     engine = Engine(model, books=books, launch=launch)
-    params = {"max_tokens": 9, "temperature": 1.0, "seed": 5}
+    params: dict[str, Any] = {"max_tokens": 9, "temperature": 1.0, "seed": 5}
     for id in range(2):
         engine.ask(id, model.prompt(189, seed=id), logprobs=0, **params)
     while len(engine.started) < 2 or not engine.scheduler.depths()[1]:
