@@ -155,9 +155,9 @@ class House:
 @asynccontextmanager
 async def house(max_running: int = 2, max_waiting: int = 1) -> AsyncIterator[House]:
     """At the end nothing is held and the engine is idle."""
-    async with asyncio.TaskGroup() as group:
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         built = House(group, max_running, max_waiting)
         yield built
         await settle()
         built.check_nothing_held()
-        await asyncio.wait_for(built.engine.idle(), 1)
+        await built.engine.idle()

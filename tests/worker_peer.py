@@ -33,6 +33,9 @@ FACTS = ModelFacts("llama", 4096, 32000, 1000, 64, has_chat_template=True)
 HELLO = protocol.Hello(protocol.VERSION, 1)
 READY = protocol.Ready(FACTS, 0.1, 1000)
 
+# No talk takes a tenth of it.
+TALK_SECONDS = 10
+
 # A process that passes bytes on between the server's socket and the test's until the test hangs up, then ends as told.
 RELAY = """\
 #!{python} -SEs
@@ -91,7 +94,7 @@ class Peer(asyncio.Protocol):
 
     async def hear(self) -> protocol.FromServer:
         """The next frame from the server."""
-        return await asyncio.wait_for(self._frames.get(), 5)
+        return await self._frames.get()
 
 
 @dataclass
@@ -118,9 +121,8 @@ class Talk:
 
     async def exited(self) -> WorkerExit:
         """The one exit the client has told of."""
-        async with asyncio.timeout(5):
-            while not self.exits:  # noqa: ASYNC110 - the client tells of it by a plain call
-                await asyncio.sleep(0.001)
+        while not self.exits:  # noqa: ASYNC110 - the client tells of it by a plain call
+            await asyncio.sleep(0.001)
         [exit] = self.exits
         return exit
 
@@ -153,7 +155,7 @@ class StartTalk(Protocol):
 async def next_of(stream: WorkerStream) -> list[Delta] | LmxError:
     """The next look at a stream, or the error it ended with."""
     try:
-        await asyncio.wait_for(stream.arrived(), 5)
+        await stream.arrived()
     except LmxError as error:
         return error
     return stream.take()
@@ -173,8 +175,9 @@ def make_talk(monkeypatch: pytest.MonkeyPatch) -> StartTalk:
             client = await WorkerClient.start(echo=True)
             monkeypatch.undo()
             try:
-                await asyncio.wait_for(peer.connected, 5)
-                yield Talk(client, peer)
+                async with asyncio.timeout(TALK_SECONDS):
+                    await peer.connected
+                    yield Talk(client, peer)
             finally:
                 await client.stop(0)
                 server.close()

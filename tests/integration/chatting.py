@@ -107,7 +107,7 @@ class Stream:
 
 
 async def stream(client: httpx.AsyncClient, body: JsonObject, begun: anyio.Event | None = None, at: int = 1) -> Stream:
-    """Streams an answer to its end; ``begun`` is set when its text has come in ``at`` chunks."""
+    """Streams an answer to its end; sets ``begun`` when its text has come in ``at`` chunks, fails if it ends before."""
     async with client.stream("POST", CHAT, json={**body, "stream": True}) as response:
         read = Stream(response.status_code, response.headers)
         async for chunk in response.aiter_bytes():
@@ -115,6 +115,7 @@ async def stream(client: httpx.AsyncClient, body: JsonObject, begun: anyio.Event
             # The role chunk has its content last.
             if begun is not None and read.raw.count(b'"delta":{"content":') >= at:
                 begun.set()
+    assert begun is None or begun.is_set(), f"it ended before its text: {read.status} {read.raw!r}"
     return read
 
 

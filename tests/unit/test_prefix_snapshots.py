@@ -15,6 +15,7 @@ pytestmark = pytest.mark.mlx
 
 _AMPLE = 1 << 30
 _TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=6)
+_STATE = 1000  # numbers in the recurrent layer: far more than a few tokens take in the plain one
 
 
 def _mark(tokens: ListOf[int]) -> float:
@@ -27,17 +28,18 @@ def _mark(tokens: ListOf[int]) -> float:
 
 def _caches(tokens: ListOf[int]) -> list[ArraysCache | KVCache]:
     recurrent, plain = ArraysCache(2), KVCache()
-    recurrent[0], recurrent[1] = mx.full((1, 4), _mark(tokens)), mx.full((1, 2, 2), -_mark(tokens))
+    recurrent[0], recurrent[1] = mx.full((1, _STATE), _mark(tokens)), mx.full((1, 2, 2), -_mark(tokens))
     plain.update_and_fetch(*[mx.full((1, 1, len(tokens), 2), _mark(tokens))] * 2)
     mx.eval(recurrent.state, plain.state)
     return [recurrent, plain]
 
 
-def _bytes(tokens: ListOf[int]) -> int:
-    return sum(cache.nbytes for cache in _caches(tokens))
+def _size(tokens: ListOf[int]) -> int:
+    """Bytes of what the caches over ``tokens`` hold, without the room they have to grow."""
+    return 4 * (_STATE + 4) + 2 * 2 * 4 * len(tokens)
 
 
-_ONE = _bytes([1])  # every snapshot of these tests: caches grow by 256 tokens at a time
+_ONE = _size([0] * 10)  # a little more than any snapshot of these tests takes
 
 
 def _store(snapshots: PrefixSnapshots, tokens: ListOf[int]) -> None:
@@ -54,7 +56,7 @@ def _fetch(snapshots: PrefixSnapshots, tokens: ListOf[int]) -> tuple[int, str]:
     assert (caches is None) == (report.hit_tokens == 0)
     if caches is not None:
         mark = _mark(tokens[: report.hit_tokens])
-        assert caches[0][0].tolist() == [[mark] * 4]
+        assert caches[0][0].tolist() == [[mark] * _STATE]
         assert caches[1].offset == report.hit_tokens
         assert caches[1].state[0].tolist() == [[[[mark] * 2] * report.hit_tokens]]
     snapshots.check()
@@ -69,7 +71,7 @@ def test_the_longest_snapshot_a_prompt_begins_with_is_found(stored: list[list[in
         _store(snapshots, tokens)
     fits = [len(tokens) for tokens in stored if asked[: len(tokens)] == tokens]
     assert _fetch(snapshots, asked)[0] == max(fits, default=0)
-    assert snapshots.nbytes == len({tuple(tokens) for tokens in stored}) * _ONE
+    assert snapshots.nbytes == sum(map(_size, {tuple(tokens) for tokens in stored}))
 
 
 @given(st.integers(0, 4), st.lists(st.tuples(st.booleans(), _TOKENS), max_size=12))
@@ -92,7 +94,7 @@ def test_decoding_on_a_cache_changes_nothing_stored() -> None:
     snapshots.store([1, 2], mine)
     for caches in (mine, snapshots.fetch([1, 2, 3])[0], snapshots.fetch([1, 2, 3])[0]):
         assert caches is not None
-        caches[0][0] = mx.zeros((1, 4))
+        caches[0][0] = mx.zeros((1, _STATE))
         caches[1].update_and_fetch(*[mx.zeros((1, 1, 1, 2))] * 2)
         mx.eval(caches[0].state, caches[1].state)
     assert _fetch(snapshots, [1, 2, 3]) == (2, "diverged")

@@ -58,7 +58,7 @@ _SAMPLING = SamplingParams(
 _TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 _CHAT = ChatPrompt([{"role": "user", "content": [{"type": "text", "text": "hé"}]}], _TOOLS, {"enable_thinking": False})
 _ECHO = EchoOptions(0.001, 0.2, 0.0001, 64, "no", 5, 6)
-_OPTIONS = LoadOptions(8, 256, 0.1, 1 << 40, 2048, 1 << 33, 8, _ECHO)
+_OPTIONS = LoadOptions(8, 256, 0.1, 1 << 40, 1 << 30, 2048, 1 << 33, 8, _ECHO)
 _LOGPROB = TokenLogprob(" é", -0.25, b" \xc3", [TokenLogprob("", -9999.0, b"\xff")])
 
 _SERVER_FRAMES: list[FromServer] = [
@@ -67,6 +67,7 @@ _SERVER_FRAMES: list[FromServer] = [
     protocol.Generate(2, "req", TextPrompt(" "), SamplingParams()),
     protocol.Generate(3, "req", TokenPrompt([0, 2**63 - 1]), SamplingParams(), Structured("regex", "a+")),
     protocol.Cancel(4),
+    protocol.KvGrant(1 << 40),
     protocol.Stop(),
 ]
 _WORKER_FRAMES: list[FromWorker] = [
@@ -77,6 +78,7 @@ _WORKER_FRAMES: list[FromWorker] = [
     protocol.Refused(2, "context", "too long", "messages", "context_length_exceeded", 9000, 8192),
     protocol.Failed(3, "it failed"),
     protocol.Step(9, 2, 1, [(1, Delta(0, "é", 1)), (2, Delta(1, "", 2, FinishReason.LENGTH, [_LOGPROB]))]),
+    protocol.KvWant(1 << 41),
     protocol.Idle(10, 123, 456),
 ]
 

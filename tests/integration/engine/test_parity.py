@@ -57,6 +57,23 @@ def test_together_is_alone_is_mlx_lm(tiny: Tiny, family: Family) -> None:
         assert engine.said(id)[0] == _reference(model, prompt, 24)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mamba2"])
+def test_long_answers_stay_right(tiny: Tiny, family: Family) -> None:
+    """Past a cache's growth at 256 tokens, several turns of a sliding window of 64, and a hundred recurrent steps."""
+    model = tiny(family)
+    engine = Engine(model)
+    for id, length in enumerate((3, 50)):
+        engine.ask(id, model.prompt(length), max_tokens=260, ignore_eos=True)
+        engine.steps(20)
+    engine.ask(2, model.prompt(90), max_tokens=150, ignore_eos=True)
+    engine.run()
+    for id, length in enumerate((3, 50, 90)):
+        tokens = engine.said(id)[0]
+        reference = _reference(model, model.prompt(length), len(tokens))
+        assert tokens[: len(reference)] == reference
+        assert len(reference) == len(tokens) or reference[-1] in model.stop_ids
+
+
 @_EVERY_FAMILY
 def test_prompts_matter(tiny: Tiny, family: Family) -> None:
     """The tiny models are sensitive: another token inside a prompt gives another answer, so that "same" means much."""
