@@ -73,10 +73,14 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
 
 class Structured(msgspec.Struct, frozen=True):
-    """A grammar the answer must follow. ``spec`` is a schema, a pattern, a list of choices or a Lark text."""
+    """A grammar the answer must follow. ``spec`` is a schema, a pattern, a list of choices or a Lark text.
+
+    ``field`` is where the client asked for it, for errors.
+    """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
     spec: Any = None
+    field: str = "response_format"
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):

@@ -36,10 +36,16 @@ def asked(**fields: Any) -> Structured | None:
             Structured("json_schema", SCHEMA),
         ),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "n"}}}, Structured("json_object")),
-        ({"structured_outputs": {"json": SCHEMA}}, Structured("json_schema", SCHEMA)),
-        ({"structured_outputs": {"regex": "[ab]+"}}, Structured("regex", "[ab]+")),
-        ({"structured_outputs": {"choice": ["yes", "no"]}}, Structured("choice", ["yes", "no"])),
-        ({"structured_outputs": {"grammar": 'start: "a"'}}, Structured("grammar", 'start: "a"')),
+        ({"structured_outputs": {"json": SCHEMA}}, Structured("json_schema", SCHEMA, "structured_outputs.json")),
+        ({"structured_outputs": {"regex": "[ab]+"}}, Structured("regex", "[ab]+", "structured_outputs.regex")),
+        (
+            {"structured_outputs": {"choice": ["yes", "no"]}},
+            Structured("choice", ["yes", "no"], "structured_outputs.choice"),
+        ),
+        (
+            {"structured_outputs": {"grammar": 'start: "a"'}},
+            Structured("grammar", 'start: "a"', "structured_outputs.grammar"),
+        ),
     ],
 )
 def test_each_way_to_ask_for_a_form_is_one_grammar(fields: dict[str, Any], expected: Structured | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
+from opta_lmx.inference.worker.geometry import flat
 from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch, Launched, RowTable, prepare_processors
 from opta_lmx.inference.worker.sequence import Sequence
 
@@ -97,6 +98,8 @@ class DecodeBatch:
     def pause_newest(self) -> Sequence:
         """Take the last row out, with its cache but not its tokens: it can be computed again from those."""
         sequence = self.sequences[-1]
+        if self._launched is not None and self._launched.tokens is not None:
+            sequence.sampler.take_back()
         self._keep(list(range(len(self.sequences) - 1)))
         return sequence
 
@@ -121,7 +124,7 @@ class DecodeBatch:
             mx.eval(
                 [
                     padding
-                    for layer in self._cache
+                    for layer in flat(self._cache)
                     if isinstance(layer, ArraysCache)
                     for padding in (layer.left_padding, layer.lengths)
                     if padding is not None

@@ -15,6 +15,7 @@ from opta_lmx.inference.worker.sequence import Sequence
 from opta_lmx.types import CacheReport, LoadOptions
 
 PrefixCache = PrefixTree | PrefixSnapshots
+Launch = type[HostLaunch] | type[DeviceLaunch]
 
 # A prompt waits for another that is being processed if that spares it at least this many tokens of prefill.
 _WORTH_WAITING_TOKENS = 64
@@ -23,13 +24,19 @@ _WORTH_WAITING_TOKENS = 64
 _GROWTH_TOKENS = 64
 
 
+def best_launch() -> Launch:
+    """How this machine's MLX device samples best."""
+    return DeviceLaunch if mx.default_device() == mx.Device(mx.gpu) else HostLaunch
+
+
 class BatchDecoder:
     """All sequences that hold a cache. Its methods ``remove`` and ``close`` are vllm-mlx's side of the contract."""
 
-    def __init__(self, model: Any, options: LoadOptions, books: KvBooks, prefixes: PrefixCache | None) -> None:
-        on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    def __init__(
+        self, model: Any, options: LoadOptions, books: KvBooks, prefixes: PrefixCache | None, launch: Launch
+    ) -> None:
         on_end = self._keep_answer if prefixes is not None else None
-        self.batch = DecodeBatch(model, DeviceLaunch if on_gpu else HostLaunch, on_end)
+        self.batch = DecodeBatch(model, launch, on_end)
         policy = ChunkPolicy(options.prefill_chunk_tokens, options.stall_bound_seconds)
         self.prefills = PrefillQueue(model, policy, self._keep_prompt)
         self._books = books
@@ -40,32 +47,44 @@ class BatchDecoder:
 
     def insert(self, prepared: Prepared, sequences: list[Sequence]) -> CacheReport:
         """Take a request in, with what the prefix cache has of its prompt; the choices share one prefill."""
-        known, report = None, CacheReport()
-        if self._prefixes is not None:
-            known, report = self._prefixes.fetch(prepared.token_ids[:-1])
-        cache = known if known is not None else self._books.shape.new_cache()
+        cache, report = self._known(prepared.token_ids)
         exact = self._prefixes is not None and self._prefixes.exact_positions_only
         boundaries = list(prepared.boundaries) if exact else []
         self.prefills.add(Prefill(sequences, prepared.token_ids, cache, done=report.hit_tokens, boundaries=boundaries))
         return report
 
     def resume(self, sequence: Sequence) -> None:
-        """Compute a paused sequence's cache again, and let it go on."""
+        """Compute a paused sequence's cache again, as far as the prefix cache has not kept it, and let it go on."""
         tokens = sequence.request.token_ids + sequence.tokens
-        self.prefills.add(Prefill([sequence], tokens, self._books.shape.new_cache()))
+        cache, report = self._known(tokens)
+        self.prefills.add(Prefill([sequence], tokens, cache, done=report.hit_tokens))
 
     def fits(self, rows: int, tokens: int) -> bool:
-        """True if the grant covers everybody once ``rows`` more sequences of ``tokens`` tokens have joined."""
-        inside = self.batch.all_sequences + self.prefills.sequences
-        longest = max([tokens, *(sequence.length for sequence in inside)])
-        return self._books.allows(self._books.need(len(inside) + rows, longest + _GROWTH_TOKENS))
+        """True if the grant covers everybody once ``rows`` more sequences of ``tokens`` tokens have joined.
+
+        Asks the server for more if it does not.
+        """
+        return self._books.allows(self._need(rows, tokens, _GROWTH_TOKENS))
 
     def make_room(self) -> list[Sequence]:
-        """Take the newest sequences out of the batch until the grant covers the rest."""
+        """Ask for more in time; if the next token would not fit, take the newest sequences out of the batch."""
         paused: list[Sequence] = []
-        while len(self.batch.sequences) > 1 and not self.fits(0, 0):
-            paused.append(self.batch.pause_newest())
+        if len(self.batch.sequences) > 1 and not self.fits(0, 0):
+            while len(self.batch.sequences) > 1 and not self._books.covers(self._need(0, 0, 1)):
+                paused.append(self.batch.pause_newest())
         return paused
+
+    def _need(self, rows: int, tokens: int, growth: int) -> int:
+        inside = self.batch.all_sequences + self.prefills.sequences
+        longest = max([tokens, *(sequence.length for sequence in inside)])
+        return self._books.need(len(inside) + rows, longest + growth)
+
+    def _known(self, tokens: list[int]) -> tuple[Caches, CacheReport]:
+        """A cache that covers what is known of all but the last token."""
+        known, report = None, CacheReport()
+        if self._prefixes is not None:
+            known, report = self._prefixes.fetch(tokens[:-1])
+        return (known if known is not None else self._books.shape.new_cache()), report
 
     def should_wait(self, prepared: Prepared) -> bool:
         """True if a prompt under way will soon leave in the prefix cache what this one would compute again."""

@@ -1,15 +1,13 @@
 """Token ids to text, one token at a time, in time independent of the text's length.
 
 A tokenizer whose decoder is a plain map of tokens to bytes (byte-level BPE, SentencePiece with byte fallback) is
-decoded by that map; any other goes through the tokenizers library's own incremental decoder.
+decoded by that map; any other by the tokenizer's own decoder over a sliding window of tokens.
 """
 
 import codecs
 import json
 from collections.abc import Callable
 from typing import Any
-
-from tokenizers.decoders import DecodeStream
 
 _SPACE_MARK = "\u2581"  # SentencePiece's stand-in for a space
 
@@ -32,7 +30,7 @@ class TokenTable:
         self._backend = tokenizer.backend_tokenizer
         added = tokenizer.added_tokens_decoder
         self._special = {id for id, token in added.items() if token.special}
-        self._added = {id: token.content.encode() for id, token in added.items()}
+        self._added = {id: token.content for id, token in added.items()}
         self._pieces: dict[int, bytes] = {}
         self._to_bytes, self.strips_first_space = _byte_rule(self._backend)
 
@@ -52,19 +50,13 @@ class TokenTable:
             piece = self._pieces[token] = self._find(token)
         return piece
 
-    def new_stream(self) -> DecodeStream:
-        """A stateful decoder for tokenizers that are no byte map."""
-        return DecodeStream(skip_special_tokens=True)
-
-    def step_stream(self, stream: DecodeStream, token: int) -> str:
-        """Text that became certain with this token."""
-        return stream.step(self._backend, token) or ""
+    def decode(self, tokens: list[int]) -> str:
+        """Text of a run of tokens by the tokenizer's own decoder, special ones left out."""
+        text: str = self._backend.decode(tokens, skip_special_tokens=True)
+        return text
 
     def _find(self, token: int) -> bytes:
-        if token in self._added:
-            literal: bytes = self._added[token]
-            return literal
-        name = self._tokenizer.convert_ids_to_tokens(token)
+        name: str | None = self._added.get(token) or self._tokenizer.convert_ids_to_tokens(token)
         if name is None:
             return b""
         if self._to_bytes is not None:
@@ -80,12 +72,16 @@ class Detokenizer:
         self._table = table
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_next = table.strips_first_space
-        self._stream = None if table.is_byte_map else table.new_stream()
+        # For a tokenizer that is no byte map: the tokens that may still change how the next ones read, and how many
+        # of them have been told.
+        self._window: list[int] = []
+        self._told = 0
 
     def add(self, token: int) -> str:
         """Text that became certain with this token; empty while a character is incomplete."""
-        if self._stream is not None:
-            return self._table.step_stream(self._stream, token)
+        if not self._table.is_byte_map:
+            self._window.append(token)
+            return self._read_window(final=False)
         if self._table.is_special(token):
             return ""
         text = self._utf8.decode(self._table.raw(token))
@@ -96,7 +92,19 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The remains of an incomplete character, as U+FFFD."""
-        return "" if self._stream is not None else self._utf8.decode(b"", final=True)
+        if not self._table.is_byte_map:
+            return self._read_window(final=True)
+        return self._utf8.decode(b"", final=True)
+
+    def _read_window(self, *, final: bool) -> str:
+        """What the untold tokens add to the told ones; nothing while they end inside a character."""
+        before = self._table.decode(self._window[: self._told])
+        text = self._table.decode(self._window)
+        if not final and (len(text) <= len(before) or text.endswith("\ufffd")):
+            return ""
+        self._window = self._window[self._told :]
+        self._told = len(self._window)
+        return text[len(before) :]
 
 
 def _byte_rule(backend: Any) -> tuple[Callable[[str], bytes] | None, bool]:

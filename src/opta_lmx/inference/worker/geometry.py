@@ -1,6 +1,6 @@
 """How many bytes a sequence's cache takes, from the shapes of the model's own caches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,7 +45,7 @@ def measure(model: Any, kv_bits: int | None = None) -> CacheGeometry:
     else:
         new_cache = partial(make_prompt_cache, model)
     logits = model(mx.array([[0]]), cache=cache)
-    layers = list(_flat(cache))
+    layers = list(flat(cache))
     per_token = fixed = 0
     windows: list[tuple[int, int]] = []
     for layer in layers:
@@ -71,10 +71,11 @@ def _quantised(model: Any, filled: list[Any], bits: int) -> Callable[[], list[An
     return lambda: make(make_prompt_cache(model))
 
 
-def _flat(cache: list[Any]) -> Any:
+def flat(cache: list[Any]) -> Iterator[Any]:
+    """Every layer, those inside a CacheList too."""
     for layer in cache:
         if isinstance(layer, CacheList):
-            yield from _flat(list(layer.caches))
+            yield from flat(list(layer.caches))
         else:
             yield layer
 

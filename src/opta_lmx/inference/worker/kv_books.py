@@ -28,13 +28,17 @@ class KvBooks:
 
     def allows(self, need_bytes: int) -> bool:
         """True if the grant covers ``need_bytes``; if not, the server is asked, unless it has just refused as much."""
-        if self._granted is None or need_bytes <= self._granted:
+        if self.covers(need_bytes):
             return True
         if self._denied is not None and need_bytes >= self._denied:
             return False
         if self._asked is None or need_bytes > self._asked:
             self._asked = self._question = need_bytes
         return False
+
+    def covers(self, need_bytes: int) -> bool:
+        """True if the grant covers ``need_bytes``; nobody is asked."""
+        return self._granted is None or need_bytes <= self._granted
 
     @property
     def waiting(self) -> bool:

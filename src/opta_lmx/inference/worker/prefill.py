@@ -60,7 +60,7 @@ class ChunkPolicy:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn from a chunk; tiny ones say little about the cost of a token."""
-        if tokens < _SMALLEST_CHUNK:
+        if tokens < _SMALLEST_CHUNK or seconds <= 0:
             return
         measured = seconds / tokens
         old = self._seconds_per_token

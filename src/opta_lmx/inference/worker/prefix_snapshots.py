@@ -82,11 +82,6 @@ class PrefixSnapshots:
             if len(self._evicted) > _REMEMBERED_EVICTIONS:
                 self._evicted.popitem(last=False)
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._snapshots.clear()
-        self._bytes = 0
-
     def check(self) -> None:
         """Assert that the books are right; for tests."""
         assert sum(snapshot.nbytes for snapshot in self._snapshots.values()) == self._bytes <= self._budget

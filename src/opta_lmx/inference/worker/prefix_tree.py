@@ -22,12 +22,19 @@ _REMEMBERED_EVICTIONS = 4096
 class _Node:
     """``layers`` holds (keys, values) of shape (1, heads, len(tokens), head size) for each layer."""
 
-    key: bytes
+    # Digest of every token from the root to the node's end, in a state that children go on from.
+    hasher: Any
     tokens: list[int]
     layers: list[tuple[mx.array, mx.array]]
     parent: "_Node | None"
     used: int
     children: dict[int, "_Node"] = field(default_factory=dict)
+
+    @property
+    def key(self) -> bytes:
+        """Names the node by all the tokens before its end, however edges are split: any store can hold it under it."""
+        digest: bytes = self.hasher.digest()
+        return digest
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +48,7 @@ class PrefixTree:
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
-        self._root = _Node(b"", [], [], None, 0)
+        self._root = _Node(hashlib.blake2b(digest_size=16), [], [], None, 0)
         self._bytes = 0
         self._clock = 0
         self._evicted: dict[tuple[bytes, int], None] = {}
@@ -82,18 +89,13 @@ class PrefixTree:
             for layer in caches
         ]
         mx.eval(layers)
-        node = _Node(_key(parent.key, span), span, layers, parent, self._clock)
+        node = _Node(_extended(parent.hasher, span), span, layers, parent, self._clock)
         for ancestor, _ in path:
             ancestor.used = self._clock
         parent.children[span[0]] = node
         self._evicted.pop((parent.key, span[0]), None)
         self._bytes += node.nbytes
         self._shrink()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._root.children.clear()
-        self._bytes = 0
 
     def check(self) -> None:
         """Assert that the books are right; for tests."""
@@ -133,7 +135,7 @@ class PrefixTree:
             return node
         assert node.parent is not None
         upper_tokens, lower_tokens = node.tokens[:matched], node.tokens[matched:]
-        upper = _Node(_key(node.parent.key, upper_tokens), upper_tokens, [], node.parent, node.used)
+        upper = _Node(_extended(node.parent.hasher, upper_tokens), upper_tokens, [], node.parent, node.used)
         before = node.nbytes
         lower: list[tuple[mx.array, mx.array]] = []
         for keys, values in node.layers:
@@ -200,6 +202,7 @@ def _common(edge: list[int], tokens: list[int], at: int) -> int:
     return next((i for i, (a, b) in enumerate(zip(edge, rest, strict=False)) if a != b), len(rest))
 
 
-def _key(parent: bytes, tokens: list[int]) -> bytes:
-    """Names a node by everything before it, so that any store can hold it under the same key."""
-    return hashlib.blake2b(parent + int_array("q", tokens).tobytes(), digest_size=16).digest()
+def _extended(hasher: Any, tokens: list[int]) -> Any:
+    longer = hasher.copy()
+    longer.update(int_array("q", tokens).tobytes())
+    return longer

@@ -73,9 +73,12 @@ class MinTokens(_Plain):
         self._stop_ids = np.array(sorted(stop_ids), dtype=np.intp)
 
     def apply(self, row: Logits) -> None:
-        """Masks the stop tokens while tokens are owed."""
+        """Masks the stop tokens while tokens are owed, unless nothing else is left, as at the end of a grammar."""
         if self._left > 0:
+            before = row[self._stop_ids]
             row[self._stop_ids] = -np.inf
+            if row.max() == -np.inf:
+                row[self._stop_ids] = before
 
     def accept(self, token: int) -> None:
         """One token less is owed."""

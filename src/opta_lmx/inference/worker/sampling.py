@@ -1,8 +1,9 @@
 """Choosing the next token of every row at once.
 
-Order, as in vLLM: processors (bias, penalties, grammar) on the logits, then temperature, then top-k, top-p and
-min-p on the tempered distribution. A row draws one uniform number a token from its own generator, so that its choices
-depend on its seed and its logits and on nothing else in the batch.
+Order: processors (bias, penalties, grammar) on the logits, then temperature, then top-k, then top-p of what top-k left;
+min-p cuts what is less likely than that share of the likeliest token. Tokens rank by probability, equals by id. A row
+draws one uniform number a token from its own generator, so that its choices depend on its seed and its logits and on
+nothing else in the batch.
 
 Two ways with the same rule: ``HostLaunch`` (numpy; for MLX's CPU backend, whose exp and sort are 20 to 40 times
 slower than numpy's) and ``DeviceLaunch`` (MLX; the choice stays on the GPU, so that the next forward can be queued
@@ -22,6 +23,8 @@ Logits = npt.NDArray[np.float32]
 
 # Candidates kept by a partial selection before the exact rule looks at them; a row whose nucleus is wider is sorted.
 _CANDIDATES = 64
+# 1 / temperature from where on only the likeliest tokens are left in float32; beyond about 1e38 it would overflow.
+_STEEPEST = 1e30
 # Columns summed together in the first of the two passes that find a drawn token.
 _BLOCK = 64
 
@@ -54,11 +57,25 @@ class RowSampler:
     min_p: float = 0.0
     generator: random.Random = field(default_factory=random.Random)
     processors: Sequence[LogitsProcessor] = ()
+    _last: float = 0.0
+    _returned: bool = False
 
     @property
     def truncates(self) -> bool:
         """True if part of the distribution is cut off."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    def draw(self) -> float:
+        """The next uniform number in [0, 1)."""
+        if self._returned:
+            self._returned = False
+        else:
+            self._last = self.generator.random()
+        return self._last
+
+    def take_back(self) -> None:
+        """The last draw was for a token that will be chosen again; it is drawn again then."""
+        self._returned = self.temperature > 0
 
 
 class RowTable:
@@ -69,7 +86,7 @@ class RowTable:
         self.sampled = np.array([i for i, row in enumerate(rows) if row.temperature > 0], dtype=np.intp)
         self.all_sampled = len(self.sampled) == len(self.rows)
         chosen = [self.rows[i] for i in self.sampled]
-        self.scale = np.array([[1.0 / row.temperature] for row in chosen], dtype=np.float32)
+        self.scale = np.array([[min(1.0 / row.temperature, _STEEPEST)] for row in chosen], dtype=np.float32)
         self.truncated = np.array([i for i, row in enumerate(chosen) if row.truncates], dtype=np.intp)
         self.whole = np.array([i for i, row in enumerate(chosen) if not row.truncates], dtype=np.intp)
         self.top_k = np.array([row.top_k or np.iinfo(np.int64).max for row in chosen], dtype=np.int64)
@@ -79,7 +96,7 @@ class RowTable:
 
     def draws(self) -> npt.NDArray[np.float64]:
         """One uniform number in [0, 1) for each sampled row."""
-        return np.array([self.rows[i].generator.random() for i in self.sampled], dtype=np.float64)
+        return np.array([self.rows[i].draw() for i in self.sampled], dtype=np.float64)
 
 
 def prepare_processors(table: RowTable) -> None:
@@ -199,15 +216,15 @@ def _draw_truncated(
     while True:
         order = _descending(weights, width)
         best = np.take_along_axis(weights, order, axis=-1).astype(np.float64)
-        ranks = np.arange(width)
-        best[ranks >= top_k[:, None]] = 0.0
+        edge = best[:, -1:].copy()
+        best[np.arange(width) >= top_k[:, None]] = 0.0
         mass = np.cumsum(best, axis=-1)
         total = np.where(top_k < size, mass[:, -1], weights.sum(axis=-1, dtype=np.float64))
-        open_ended = (top_k > width) & (mass[:, -1] < top_p * total) & (best[:, -1] >= min_p * best[:, 0])
-        if width == size or not open_ended.any():
+        keep = (mass - best < (top_p * total)[:, None]) & (best >= (min_p * best[:, 0])[:, None]) & (best > 0)
+        # Kept up to the last candidate: there may be more to keep, or equals of it with lower ids outside.
+        if width == size or not (keep & (best == edge)).any():
             break
         width = size
-    keep = (mass - best < (top_p * total)[:, None]) & (best >= (min_p * best[:, 0])[:, None])
     keep[:, 0] = True
     reached = np.cumsum(np.where(keep, best, 0.0), axis=-1)
     pick = (reached <= (draws * reached[:, -1])[:, None]).sum(axis=-1)
@@ -216,11 +233,11 @@ def _draw_truncated(
 
 
 def _descending(weights: Logits, width: int) -> npt.NDArray[np.intp]:
-    """Indices of the ``width`` largest weights of each row, largest first."""
+    """Indices of the ``width`` largest weights of each row, largest first; equals by index, but for the last."""
     if width >= weights.shape[-1]:
         return np.argsort(-weights, axis=-1, kind="stable")
     candidates = np.argpartition(-weights, width, axis=-1)[:, :width]
-    candidates.sort(axis=-1)  # ties then resolve by index, as in a stable sort of the whole row
+    candidates.sort(axis=-1)
     values = np.take_along_axis(weights, candidates, axis=-1)
     return np.take_along_axis(candidates, np.argsort(-values, axis=-1, kind="stable"), axis=-1)
 
@@ -265,23 +282,32 @@ def _sample_on_device(logits: mx.array, table: RowTable) -> mx.array:
     scale, draws = np.ones((rows, 1), np.float32), np.zeros((rows, 1), np.float32)
     top_k, top_p, min_p = np.full((rows, 1), size), np.ones((rows, 1), np.float32), np.zeros((rows, 1), np.float32)
     at = table.sampled
-    scale[at], draws[at, 0] = table.scale, table.draws()
+    scale[at] = table.scale
+    # Rounded to float32 a draw may become 1, which lies beyond every token.
+    draws[at, 0] = np.minimum(table.draws(), np.nextafter(np.float32(1), np.float32(0)))
     top_k[at, 0], top_p[at, 0], min_p[at, 0] = np.minimum(table.top_k, size), table.top_p, table.min_p
     weights = mx.exp((logits - mx.max(logits, axis=-1, keepdims=True)) * mx.array(scale))
-    order = None
+    chosen = mx.where(mx.array(_marks(rows, at)), _draw_on_device(weights, draws), mx.argmax(logits, axis=-1))
     if len(table.truncated):
         order = mx.argsort(-weights, axis=-1)
         weights = mx.take_along_axis(weights, order, axis=-1)
         weights = mx.where(mx.arange(size) < mx.array(top_k), weights, 0.0)
         mass = mx.cumsum(weights, axis=-1)
         keep = (mass - weights < mx.array(top_p) * mass[:, -1:]) & (weights >= mx.array(min_p) * weights[:, :1])
-        weights = mx.where(keep, weights, 0.0)
+        rank = _draw_on_device(mx.where(keep, weights, 0.0), draws)
+        cut = mx.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
+        # Rows that cut nothing off keep the choice made in the order of ids: it must not depend on their neighbours.
+        chosen = mx.where(mx.array(_marks(rows, at[table.truncated])), cut, chosen)
+    return chosen
+
+
+def _draw_on_device(weights: mx.array, draws: npt.NDArray[np.float32]) -> mx.array:
     reached = mx.cumsum(weights, axis=-1)
-    pick = mx.argmax(reached > mx.array(draws) * reached[:, -1:], axis=-1, keepdims=True)
-    if order is not None:
-        pick = mx.take_along_axis(order, pick, axis=-1)
-    if table.all_sampled:
-        return pick[:, 0]
-    is_sampled = np.zeros(rows, dtype=bool)
-    is_sampled[at] = True
-    return mx.where(mx.array(is_sampled), pick[:, 0], mx.argmax(logits, axis=-1))
+    return mx.argmax(reached > mx.array(draws) * reached[:, -1:], axis=-1)
+
+
+def _marks(rows: int, at: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+    """True at the given rows."""
+    marks = np.zeros(rows, dtype=bool)
+    marks[at] = True
+    return marks

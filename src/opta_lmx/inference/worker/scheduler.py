@@ -20,7 +20,7 @@ from vllm_mlx.scheduler import Scheduler, SchedulerConfig
 
 from opta_lmx.inference.protocol import Failed, Refused, Started
 from opta_lmx.inference.worker.backend import Prepared, StepResult
-from opta_lmx.inference.worker.decoder import BatchDecoder, PrefixCache
+from opta_lmx.inference.worker.decoder import BatchDecoder, Launch, PrefixCache, best_launch
 from opta_lmx.inference.worker.geometry import measure
 from opta_lmx.inference.worker.kv_books import KvBooks
 from opta_lmx.inference.worker.sequence import Sequence
@@ -58,12 +58,14 @@ class LmxScheduler(Scheduler):  # type: ignore[misc]
         options: LoadOptions,
         books: KvBooks | None = None,
         prefixes: PrefixCache | None = None,
+        launch: Launch | None = None,
     ) -> None:
-        """``books`` None means that KV memory has no bound but the machine's."""
+        """``books`` None means that KV memory has no bound but the machine's, ``launch`` None the device's best."""
         super().__init__(model, tokenizer, SchedulerConfig(enable_prefix_cache=False, prefill_batch_size=1))
         self._options = options
         self._prefixes = prefixes
         self._books = books or KvBooks(measure(model), None)
+        self._launch = launch or best_launch()
         self._paused: list[Sequence] = []
         self._cancelled: list[tuple[int, Delta]] = []
         self.batch_generator = self._new_decoder()
@@ -104,15 +106,16 @@ class LmxScheduler(Scheduler):  # type: ignore[misc]
         try:
             stepped = self.batch_generator.next()
         except RuntimeError as error:
-            return StepResult(started, deltas, self._fail_running(str(error)), refused)
-        failed = self._fail_broken(stepped)
+            stepped, failed = [], self._fail_running(str(error))
+        else:
+            failed = self._fail_broken(stepped)
         deltas += self._process_batch_responses([one for one in stepped if str(one.request.id) in self.requests])
         if not self.requests:
             self._books.reset()
         return StepResult(started, deltas, failed, refused, self._books.question())
 
     def _new_decoder(self) -> BatchDecoder:
-        return BatchDecoder(self.model, self._options, self._books, self._prefixes)
+        return BatchDecoder(self.model, self._options, self._books, self._prefixes, self._launch)
 
     def _resume_paused(self) -> None:
         """Oldest first; alone, a sequence goes on whatever the grant: there is nobody left to wait for."""
@@ -187,6 +190,8 @@ class LmxScheduler(Scheduler):  # type: ignore[misc]
     def _forget(self, request_id: str) -> None:
         """Take a request out of everything, wherever it is."""
         super()._do_abort_request(request_id)
+        # vllm-mlx notes every abort here and clears the notes in the step we have replaced.
+        self.finished_req_ids.discard(request_id)
         del self.requests[request_id]
         self._paused = [sequence for sequence in self._paused if str(sequence.request.id) != request_id]
 

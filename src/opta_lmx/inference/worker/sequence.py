@@ -88,7 +88,7 @@ class Sequence:
         text = "" if token in self._stop_ids else self._detokenizer.add(token)
         if self.finish is not None:
             text += self._detokenizer.flush()
-        if self._stops is None:
+        if self._stops is None or len(self.tokens) < self.request.sampling.min_tokens:
             self._text = text
             return
         self._text, met = self._stops.feed(text)

@@ -16,6 +16,10 @@ from opta_lmx.types import Structured
 _JSON_OPTIONS = {"whitespace_flexible": False}
 
 
+# llguidance's own words hold the answer so far, which belongs in no error and no log.
+_STUCK = "its grammar allows no way to go on"
+
+
 class GrammarCompiler:
     """Compiles grammars for one model. Used by the reader thread only."""
 
@@ -51,7 +55,7 @@ class Grammar:
         """Compute the next mask while the forward runs."""
         if self._allowed is None and self.error is None:
             self._allowed = self._matcher.compute_bitmask()
-            self.error = self._matcher.get_error() or None
+            self.error = _STUCK if self._matcher.is_error() else None
 
     def apply(self, row: Logits) -> None:
         """Mask every token the grammar does not allow next."""
@@ -67,7 +71,7 @@ class Grammar:
         """Move on by the sampled token."""
         self._allowed = None
         if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
-            self.error = self._matcher.get_error() or "a token outside the grammar was chosen"
+            self.error = _STUCK
 
 
 def _grammar(wanted: Structured) -> str:
@@ -85,5 +89,4 @@ def _grammar(wanted: Structured) -> str:
 
 
 def _refusal(wanted: Structured, reason: str) -> InvalidRequest:
-    field = "response_format" if wanted.kind in ("json_object", "json_schema") else f"structured_outputs.{wanted.kind}"
-    return InvalidRequest(f"Invalid schema for {field}: {reason.strip()}", param=field)
+    return InvalidRequest(f"Invalid schema for {wanted.field}: {reason.strip()}", param=wanted.field)

@@ -98,7 +98,7 @@ class VllmBackend:
         for choice in range(sampling.n):
             processors = processors_for(sampling, request.token_ids, stop_ids)
             if request.grammar is not None:
-                processors.append(Grammar(request.grammar.deep_copy()))
+                processors.insert(0, Grammar(request.grammar.deep_copy()))
             sequences.append(Sequence(request, choice, self._table, stop_ids, processors))
         self._scheduler.submit(request, sequences)
 
