@@ -14,7 +14,7 @@ from opta_lmx.inference.worker_stream import WorkerStream
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.residency import Lease, LoadResult, Residency, UnloadResult
 from opta_lmx.types import Delta, GenerateRequest, ModelFiles, SamplingParams, TextPrompt
-from tests.fake_workers import model_files, settle
+from tests.fake_workers import Clock, model_files, settle
 
 Result = TypeVar("Result")
 
@@ -55,18 +55,23 @@ class Rooms:
     """The catalog and the residency behind the engine.
 
     A lease is of ``worker``, or of a new one if that has died; ``stale`` of them come before its death is noticed.
+    ``on_disk`` is what the next ``refresh`` finds; ``may_load`` what the last lease was allowed.
     """
 
     worker: ScriptedWorker
     leases: int = 0
     granted: int = 0
     stale: int = 0
+    refreshes: int = 0
+    may_load: bool | None = None
+    listed: tuple[str, ...] = ("a", "b")
+    on_disk: tuple[str, ...] = ("a", "b")
     failure: LmxError | None = None
     missing: LmxError | None = None
     may_lease: asyncio.Event = field(default_factory=asyncio.Event)
 
     def list_available(self) -> tuple[ModelFiles, ...]:
-        return model_files("a"), model_files("b")
+        return tuple(map(model_files, self.listed))
 
     async def ensure_local(self, model_id: str) -> ModelFiles:
         if self.missing is not None:
@@ -74,9 +79,11 @@ class Rooms:
         return model_files(model_id)
 
     def refresh(self) -> None:
-        """Nothing changes on this disk."""
+        self.refreshes += 1
+        self.listed = self.on_disk
 
     async def lease(self, files: ModelFiles, *, may_load: bool = True) -> Lease:
+        self.may_load = may_load
         await self.may_lease.wait()
         if self.failure is not None:
             raise self.failure
@@ -100,14 +107,14 @@ class Rooms:
 class House:
     """An engine over fakes, and the callers who use it."""
 
-    def __init__(self, group: asyncio.TaskGroup, max_running: int, max_waiting: int) -> None:
-        config = Config(
-            scheduling=SchedulingConfig(max_running=max_running, max_waiting=max_waiting),
-            models=ModelsConfig(aliases={"short": "a", "gpt-*": "b"}, presets={"calm": Preset(model="a")}),
-        )
+    def __init__(self, group: asyncio.TaskGroup, scheduling: SchedulingConfig, *, jit: bool) -> None:
+        aliases, presets = {"short": "a", "gpt-*": "b"}, {"calm": Preset(model="a")}
+        config = Config(scheduling=scheduling, models=ModelsConfig(aliases=aliases, presets=presets, jit=jit))
         self.rooms = Rooms(ScriptedWorker())
         self.rooms.may_lease.set()
-        self.engine = InferenceEngine(config, cast(ModelManager, self.rooms), cast(Residency, self.rooms))
+        self.clock = Clock()
+        models, residency = cast(ModelManager, self.rooms), cast(Residency, self.rooms)
+        self.engine = InferenceEngine(config, models, residency, self.clock)
         self._group = group
 
     @property
@@ -153,10 +160,10 @@ class House:
 
 
 @asynccontextmanager
-async def house(max_running: int = 2, max_waiting: int = 1) -> AsyncIterator[House]:
+async def house(max_running: int = 2, max_waiting: int = 1, *, jit: bool = True) -> AsyncIterator[House]:
     """At the end nothing is held and the engine is idle."""
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        built = House(group, max_running, max_waiting)
+        built = House(group, SchedulingConfig(max_running=max_running, max_waiting=max_waiting), jit=jit)
         yield built
         await settle()
         built.check_nothing_held()

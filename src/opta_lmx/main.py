@@ -220,6 +220,8 @@ class Server(uvicorn.Server):
         engine = self._runtime.engine
         with anyio.move_on_after(self._runtime.config.server.drain_seconds):
             await engine.idle()
+        # Whatever still runs ends with the error of a lost worker, not with a connection cut by uvicorn.
+        await self._runtime.residency.close()
         self.should_exit = True
 
 

@@ -82,31 +82,33 @@ async def test_a_killed_server_takes_its_workers_with_it(server: StartServer) ->
     check_nothing_left(running, -signal.SIGKILL)
 
 
-async def test_the_first_sigterm_lets_running_requests_finish(server: StartServer) -> None:
-    """Meanwhile newcomers are told to come back and the server says that it is not ready; it ends with 0."""
-    running = server({"a": SLOW}, server={"drain_seconds": 20})
+async def test_the_first_sigterm_lets_accepted_requests_finish(server: StartServer) -> None:
+    """Running ones, and one whose model has only begun to load; newcomers are told to come back; it ends with 0."""
+    running = server({"a": SLOW, "late": EchoOptions(load_seconds=0.5)}, server={"drain_seconds": 20})
     text = words(60)
-    answers: list[str] = []
+    answers: dict[str, str] = {}
     async with connect(running) as client:
 
-        async def whole() -> None:
-            answers.append(content(await ask(client, "a", text)))
+        async def whole(model: str) -> None:
+            answers[model] = content(await ask(client, model, text))
 
         async def streamed(begun: anyio.Event) -> None:
             read = await stream(client, chat("a", text), begun)
             assert read.done
-            answers.append(read.text)
+            answers["streamed"] = read.text
 
         async with anyio.create_task_group() as tasks:
             begun = anyio.Event()
-            tasks.start_soon(whole)
+            tasks.start_soon(whole, "a")
             tasks.start_soon(streamed, begun)
             await begun.wait()
-            running.children()
+            tasks.start_soon(whole, "late")
+            await until_status(client, lambda shown: model_status(shown, "late").get("state") == "loading")
+            await until(lambda: commands(running), lambda shown: shown.count("--echo") == 2)
             running.process.terminate()
             await until_status(client, lambda shown: shown["draining"])
             await check_refused_while_draining(client)
-    assert answers == [text, text]
+    assert answers == {"a": text, "late": text, "streamed": text}
     await ended(running, 3)
     check_nothing_left(running)
 
@@ -122,25 +124,6 @@ async def check_refused_while_draining(client: httpx.AsyncClient) -> None:
         check_error(response, 503, "draining")
         assert int(response.headers["retry-after"]) >= 1
     assert (await client.get("/admin/health")).status_code == 200
-
-
-async def test_a_request_that_waits_for_its_model_is_running(server: StartServer) -> None:
-    """It was accepted, so it is answered, though the load had only begun when the server was told to stop."""
-    running = server({"a": EchoOptions(load_seconds=0.5)}, server={"drain_seconds": 20})
-    answers: list[str] = []
-    async with connect(running) as client:
-
-        async def whole() -> None:
-            answers.append(content(await ask(client, "a", "accepted")))
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(whole)
-            await until_status(client, lambda shown: model_status(shown, "a").get("state") == "loading")
-            running.children()
-            running.process.terminate()
-    assert answers == ["accepted"]
-    await ended(running, 3)
-    check_nothing_left(running)
 
 
 async def test_the_second_sigterm_ends_at_once(server: StartServer) -> None:
@@ -159,7 +142,7 @@ async def test_the_second_sigterm_ends_at_once(server: StartServer) -> None:
 
 
 async def test_the_drain_has_a_limit(server: StartServer) -> None:
-    """Whoever is not served by then is told so: one error event in a stream, 503 instead of a whole answer; exit 0."""
+    """Whoever is not served by then is told: an error event in a stream, 503 for a whole answer. SIGINT is SIGTERM."""
     running = server({"a": FOR_A_MINUTE}, server={"drain_seconds": 0.3})
     streamed: list[Stream] = []
     whole: list[httpx.Response] = []
@@ -178,7 +161,7 @@ async def test_the_drain_has_a_limit(server: StartServer) -> None:
             tasks.start_soon(read, begun)
             await begun.wait()
             running.children()
-            running.process.terminate()
+            running.process.send_signal(signal.SIGINT)
             # The limit, and the ends of two processes.
             await ended(running, 2)
     check_nothing_left(running)
@@ -197,12 +180,11 @@ async def stream_until_cut(client: httpx.AsyncClient, begun: anyio.Event) -> Non
 
 
 async def test_an_idle_server_stops_at_once(server: StartServer) -> None:
-    """A loaded model and a connection that is kept alive delay nobody; SIGINT counts as SIGTERM."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        running = server({"a": EchoOptions()})
-        async with connect(running) as client:
-            assert content(await ask(client, "a", "hello")) == "hello"
-            running.children()
-            running.process.send_signal(number)
-            await ended(running, 1.5)
-        check_nothing_left(running)
+    """A loaded model and a connection that is kept alive delay nobody."""
+    running = server({"a": EchoOptions()})
+    async with connect(running) as client:
+        assert content(await ask(client, "a", "hello")) == "hello"
+        running.children()
+        running.process.terminate()
+        await ended(running, 1.5)
+    check_nothing_left(running)

@@ -179,6 +179,25 @@ async def test_requests_without_a_token_yet_are_started_again(server: StartServe
     assert seconds < 1, f"from the death to the next load: {seconds:.3f} s"
 
 
+async def test_a_model_the_operator_loaded_comes_back_without_jit(server: StartServer) -> None:
+    """``jit: false`` keeps requests from choosing what is in memory; a death does not undo the operator's choice."""
+    models = {"jit": False, "auto_load": ["a"]}
+    running = server({"a": SLOW_PREFILL}, scheduling=SMALL_CHUNKS, models=models)
+    answers: list[httpx.Response] = []
+    async with connect(running) as client:
+
+        async def whole() -> None:
+            answers.append(await ask(client, "a", words(48)))
+
+        await until_status(client, in_state("a", "ready"))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(whole)
+            await until_status(client, lambda shown: depths(shown) == (1, 0))
+            await kill_worker(client, "a")
+        assert content(answers[0]) == words(48)
+        assert content(await ask(client, "a", "after")) == "after"
+
+
 async def test_a_request_that_kills_its_worker_twice_is_refused(server: StartServer) -> None:
     """It is likelier the cause than the victim: two starts, then 503 with the exit code; no third worker."""
     running = server({"poisoned": EchoOptions(exit_at=1), "b": EchoOptions()})

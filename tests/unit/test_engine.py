@@ -279,3 +279,29 @@ async def test_loads_and_unloads_go_by_any_name() -> None:
             await it.engine.load_model("nobody")
         with pytest.raises(ModelNotFound):
             await it.engine.unload_model("nobody")
+
+
+async def test_a_name_nobody_knows_is_looked_for_on_disk_once_a_second() -> None:
+    """A model that was copied in answers at once; whoever asks for nonsense does not make the disk work."""
+    async with house() as it:
+        assert it.engine.resolve("a") == "a"
+        assert it.rooms.refreshes == 0
+        it.rooms.on_disk = ("a", "b", "new")
+        assert it.engine.resolve("new") == "new"
+        for _ in range(3):
+            with pytest.raises(ModelNotFound):
+                it.engine.resolve("nonsense")
+        assert it.rooms.refreshes == 1
+        it.clock.seconds += 1
+        with pytest.raises(ModelNotFound):
+            it.engine.resolve("nonsense")
+        assert it.rooms.refreshes == 2
+
+
+@pytest.mark.parametrize("jit", [True, False])
+async def test_requests_load_models_only_if_they_may(jit: bool) -> None:
+    """``models.jit`` decides whether a request may bring its model into memory."""
+    async with house(jit=jit) as it:
+        await it.opened()
+        assert it.rooms.may_load is jit
+        it.stream.push(LAST)

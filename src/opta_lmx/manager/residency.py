@@ -68,14 +68,16 @@ class Residency:
     _closing: bool = field(init=False, repr=False, default=False)
 
     async def lease(self, files: ModelFiles, *, ttl_seconds: float | None = None, may_load: bool = True) -> Lease:
-        """A hold on the model, loading it first if need be and allowed; if not allowed, ModelNotFound.
+        """A hold on the model, loading it first if need be.
+
+        With ``may_load`` False only a model that is in memory, or was until its worker died, else ModelNotFound.
 
         ``ttl_seconds`` becomes its idle time if this call starts the load (the first of those who join it counts);
         None takes the configuration's. Raises MemoryLimit, LoadFailed, WorkerLost, ModelLoading (an unload in
         progress outlasts the wait), Conflict (its files are being changed) or Draining.
         """
         record = self._records.get(files.id)
-        if not may_load and (record is None or record.process is None):
+        if not may_load and (record is None or (record.process is None and record.reason is None)):
             raise ModelNotFound(files.id)
         lease = await self._acquire(files, ttl_seconds)
         self._records[files.id].request_count += 1

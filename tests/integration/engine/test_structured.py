@@ -243,11 +243,11 @@ def test_every_end_token_of_a_model_ends_a_document(tiny_model: TinyModel, tmp_p
         (Structured("json_schema", {"type": "string", "pattern": "(?=x)"}), "response_format"),
         (Structured("json_schema", {"enum": []}), "response_format"),
         (Structured("json_schema", {"type": "array", "minItems": 5, "maxItems": 2}), "response_format"),
-        (Structured("regex", "(?=a)"), "structured_outputs.regex"),
-        (Structured("regex", "("), "structured_outputs.regex"),
-        (Structured("grammar", "junk"), "structured_outputs.grammar"),
-        (Structured("grammar", ""), "structured_outputs.grammar"),
-        (Structured("grammar", "start: nothing"), "structured_outputs.grammar"),
+        (Structured("regex", "(?=a)", "structured_outputs.regex"), "structured_outputs.regex"),
+        (Structured("regex", "(", "structured_outputs.regex"), "structured_outputs.regex"),
+        (Structured("grammar", "junk", "structured_outputs.grammar"), "structured_outputs.grammar"),
+        (Structured("grammar", "", "structured_outputs.grammar"), "structured_outputs.grammar"),
+        (Structured("grammar", "start: nothing", "structured_outputs.grammar"), "structured_outputs.grammar"),
     ],
 )
 def test_a_grammar_that_cannot_be_used_is_refused(room: Room, structured: Structured, field: str) -> None:

@@ -13,10 +13,9 @@ from typing import Final
 
 import uvloop
 
-from tests.load.bench.conditions import load_average, read_conditions
-from tests.load.bench.measure import Elsewhere, Measured, Run, measure_elsewhere, measure_model
+from tests.load.bench.conditions import read_conditions, read_cpu
+from tests.load.bench.measure import MODELS, Elsewhere, Measured, Run, measure_elsewhere, measure_model
 from tests.load.bench.processes import BenchError
-from tests.load.bench.profiles import PROFILES, UNKNOWN
 from tests.load.bench.report import to_json, to_text
 from tests.load.bench.targets import can_serve_vllm_mlx
 
@@ -40,7 +39,7 @@ def main() -> int:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=_DESCRIPTION)
-    parser.add_argument("--models", default=",".join(PROFILES), help="of %(default)s, separated by commas")
+    parser.add_argument("--models", default=",".join(MODELS), help="of %(default)s, separated by commas")
     parser.add_argument("--rounds", type=int, default=3, help="medians are taken over so many (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer batches and shorter answers")
     parser.add_argument("--seed", type=int, help="of the prompts (default: another one in each run)")
@@ -57,7 +56,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     )
     arguments = parser.parse_args(words)
     arguments.models = [name for name in arguments.models.split(",") if name]
-    if unknown := [name for name in arguments.models if name not in PROFILES]:
+    if unknown := [name for name in arguments.models if name not in MODELS]:
         parser.error(f"no such model: {', '.join(unknown)}")
     if (arguments.against is None) != (arguments.model is None):
         parser.error("--against and --model go together")
@@ -78,12 +77,14 @@ async def _bench(arguments: argparse.Namespace) -> int:
     run = Run(
         rounds=arguments.rounds,
         seed=secrets.randbits(32) if arguments.seed is None else arguments.seed,
+        quick=arguments.quick,
         vllm_mlx=await _usable_vllm_mlx(arguments.vllm_mlx),
     )
-    conditions = read_conditions(run, quick=arguments.quick)
+    conditions = read_conditions(run)
+    cpu = read_cpu()
     with tempfile.TemporaryDirectory(prefix="opta-lmx-bench-") as scratch:
         measured, failed = await _measure(arguments, run, Path(scratch))
-    conditions["load average at the end"] = load_average()
+    conditions["other processes meanwhile"] = f"{cpu.cores_of_others(read_cpu()):.2f} cores busy"
     if measured:
         _write(arguments.json, measured, conditions)
     return int(failed or any(one.book.failures for one in measured))
@@ -94,16 +95,13 @@ async def _measure(arguments: argparse.Namespace, run: Run, scratch: Path) -> tu
     measured: list[Measured] = []
     failed = False
     for name in ["elsewhere"] if arguments.against else arguments.models:
-        profile = UNKNOWN if arguments.against else PROFILES[name]
-        if arguments.quick:
-            profile = profile.quick()
         try:
             if arguments.against:
                 directory = arguments.model_dir.resolve() if arguments.model_dir else None
                 server = Elsewhere(arguments.against, arguments.model, directory)
-                measured.append(await measure_elsewhere(server, profile, run, scratch / name))
+                measured.append(await measure_elsewhere(server, run, scratch / name))
             else:
-                measured.append(await measure_model(name, profile, run, scratch / name))
+                measured.append(await measure_model(name, run, scratch / name))
         except (BenchError, OSError) as error:
             sys.stderr.write(f"error: {name}: {error}\n")
             failed = True

@@ -2,12 +2,21 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
 from tests.load.bench.client import Exchange
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens, as the server counts them; ``cached`` ones are part of the prompt's."""
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +31,7 @@ class Answer:
     ended_at: float
     text: str = ""
     arrivals: tuple[float, ...] = ()
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    usage: Usage = Usage()
     problem: str | None = None
 
     @property
@@ -84,7 +92,7 @@ def _read_whole(empty: Answer, content: bytes, *, lost: bool) -> Answer:
         usage = answer["usage"]
     except (ValueError, LookupError, TypeError):
         return _with_problem(empty, "the connection was lost" if lost else "not a chat completion")
-    return Answer(empty.sent_at, empty.ended_at, text, (), usage["prompt_tokens"], usage["completion_tokens"])
+    return replace(empty, text=text, usage=_usage(usage, 0))
 
 
 def _read_stream(empty: Answer, events: Sequence[tuple[float, bytes]], *, lost: bool) -> Answer:
@@ -111,15 +119,20 @@ def _read_stream(empty: Answer, events: Sequence[tuple[float, bytes]], *, lost: 
         empty.ended_at,
         "".join(texts),
         tuple(arrivals),
-        usage.get("prompt_tokens", 0),
         # A server that does not count is believed to send one token an event.
-        usage.get("completion_tokens", len(arrivals)),
+        _usage(usage, len(arrivals)),
         problem,
     )
 
 
+def _usage(usage: Mapping[str, Any], made: int) -> Usage:
+    """The counts of an answer; ``made`` where its completion tokens are not told."""
+    details = usage.get("prompt_tokens_details") or {}
+    return Usage(usage.get("prompt_tokens", 0), details.get("cached_tokens") or 0, usage.get("completion_tokens", made))
+
+
 def _with_problem(answer: Answer, problem: str) -> Answer:
-    return Answer(answer.sent_at, answer.ended_at, problem=problem)
+    return replace(answer, problem=problem)
 
 
 def _chunks(raw: bytes, at: int) -> Iterator[tuple[int, int]]:

@@ -2,9 +2,12 @@
 
 import os
 import platform
+import resource
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Final
 
 import psutil
@@ -16,7 +19,31 @@ _PACKAGES: Final = ("mlx", "mlx-lm", "vllm-mlx", "uvicorn", "uvloop", "fastapi")
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
-def read_conditions(run: Run, *, quick: bool) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class CpuReading:
+    """CPU seconds used so far: by the whole machine, and by this process and its children that have ended."""
+
+    at: float
+    machine: float
+    own: float
+
+    def cores_of_others(self, later: "CpuReading") -> float:
+        """How many cores other processes kept busy between two readings with no child alive at either."""
+        others = (later.machine - self.machine) - (later.own - self.own)
+        return max(0.0, others / (later.at - self.at))
+
+
+def read_cpu() -> CpuReading:
+    """The machine's CPU use now; time a virtual machine was kept waiting counts as used by others."""
+    times = psutil.cpu_times()._asdict()
+    # On Linux these two are part of user and nice.
+    counted_twice = ("guest", "guest_nice")
+    machine = sum(value for name, value in times.items() if name not in ("idle", "iowait", *counted_twice))
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return CpuReading(perf_counter(), machine, sum(usage.ru_utime + usage.ru_stime for usage in usages))
+
+
+def read_conditions(run: Run) -> dict[str, Any]:
     """The machine, the versions and how the run was made, by name."""
     versions = {name: _version(name) for name in _PACKAGES}
     return {
@@ -25,17 +52,11 @@ def read_conditions(run: Run, *, quick: bool) -> dict[str, Any]:
         "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "load average at the start": load_average(),
         "versions": ", ".join(f"{name} {version}" for name, version in {"opta-lmx": __version__, **versions}.items()),
         "python": platform.python_version(),
-        "rounds": f"{run.rounds}, medians, raw and servers in turn{', quick' if quick else ''}",
+        "rounds": f"{run.rounds}, medians, raw and servers in turn{', quick' if run.quick else ''}",
         "seed": run.seed,
     }
-
-
-def load_average() -> float:
-    """Processes that want a core, over the last minute: above their number, everything here is too slow."""
-    return round(os.getloadavg()[0], 2)
 
 
 def _version(name: str) -> str:

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 from tests.load.bench.book import Book
 from tests.load.bench.client import connected
-from tests.load.bench.engine import raw_engine
+from tests.load.bench.engine import RawEngine, raw_engine
 from tests.load.bench.interference import long_prompt, short_behind_long
 from tests.load.bench.latency import growing_chat, one_token, shared_prefix
 from tests.load.bench.lifecycle import cold_start, disconnect, memory
 from tests.load.bench.processes import BenchError, own_python, run_to_end
-from tests.load.bench.profiles import Profile
+from tests.load.bench.profiles import FULL, Profile, fitting
 from tests.load.bench.session import Bench, Said
 from tests.load.bench.targets import Target, own_server, running_elsewhere, started, vllm_mlx_server
 from tests.load.bench.throughput import concurrency, sampling, warm_up
@@ -34,10 +34,15 @@ _SCENARIOS: Final[Sequence[Callable[[Bench], Awaitable[None]]]] = (
     cold_start,
 )
 
-# Model ids that are not made here: the server imports them from an installed wheel itself.
+# Made here, by ``models.py``; or imported by the server itself from an installed wheel, under the id it gives them.
+_MADE: Final = ("nano", "micro")
 _STARTERS: Final = {"smollm2": "smollm2-135m-instruct"}
+MODELS: Final = (*_MADE, *_STARTERS)
 
 _BUILD_SECONDS: Final = 120.0
+
+# In one piece: few enough for a model of ten tokens a second.
+_TRIAL_TOKENS: Final = 32
 
 # Seconds: an import of a starter model included.
 _LOAD_SECONDS: Final = 300.0
@@ -49,6 +54,7 @@ class Run:
 
     rounds: int
     seed: int
+    quick: bool = False
     vllm_mlx: str | None = None
 
 
@@ -72,13 +78,13 @@ class Measured:
     facts: dict[str, Any]
 
 
-async def measure_model(name: str, profile: Profile, run: Run, home: Path) -> Measured:
+async def measure_model(name: str, run: Run, home: Path) -> Measured:
     """Our server, and vllm-mlx's if wanted, on one of our models. Raises BenchError if nothing could start."""
     models = home / "models"
     model = _STARTERS.get(name, name)
     directory = models / model
     _make(models)
-    if name not in _STARTERS:
+    if name in _MADE:
         _say(f"{name}: building the model")
         command = own_python("-m", "tests.load.bench.models", name, str(directory))
         await run_to_end(command, home, home / "build.log", _BUILD_SECONDS)
@@ -86,7 +92,7 @@ async def measure_model(name: str, profile: Profile, run: Run, home: Path) -> Me
     if run.vllm_mlx is not None:
         launches.append(vllm_mlx_server(home, directory, model, run.vllm_mlx))
     async with AsyncExitStack() as stack:
-        bench = Bench(profile, Prompts(run.seed), Book(), [], None)
+        bench = Bench(FULL, Prompts(run.seed), Book(), [], None)
         # One after another: the first imports the model the others are given.
         for launch in launches:
             _say(f"{name}: starting {launch.name}")
@@ -94,22 +100,22 @@ async def measure_model(name: str, profile: Profile, run: Run, home: Path) -> Me
             await _load(bench, target)
             bench.targets = [*bench.targets, target]
         bench.engine = await stack.enter_async_context(raw_engine(directory, home))
-        await _run_rounds(bench, name, run.rounds)
-    return Measured(name, profile, bench.book, [launch.name for launch in launches], read_facts(directory))
+        await _run_rounds(bench, name, run)
+    return Measured(name, bench.profile, bench.book, [launch.name for launch in launches], read_facts(directory))
 
 
-async def measure_elsewhere(server: Elsewhere, profile: Profile, run: Run, home: Path) -> Measured:
+async def measure_elsewhere(server: Elsewhere, run: Run, home: Path) -> Measured:
     """A server that runs already. Raises BenchError if it does not answer."""
     _make(home)
     async with AsyncExitStack() as stack:
         target = await running_elsewhere(server.url, server.model)
-        bench = Bench(profile, Prompts(run.seed), Book(), [target], None)
+        bench = Bench(FULL, Prompts(run.seed), Book(), [target], None)
         await _load(bench, target)
         if server.directory is not None:
             bench.engine = await stack.enter_async_context(raw_engine(server.directory, home))
-        await _run_rounds(bench, server.model, run.rounds)
+        await _run_rounds(bench, server.model, run)
     facts = read_facts(server.directory) if server.directory is not None else {}
-    return Measured(server.model, profile, bench.book, [target.name], facts)
+    return Measured(server.model, bench.profile, bench.book, [target.name], facts)
 
 
 def read_facts(directory: Path) -> dict[str, Any]:
@@ -131,16 +137,28 @@ async def _load(bench: Bench, target: Target) -> None:
     await memory(bench, target, "loaded")
 
 
-async def _run_rounds(bench: Bench, name: str, rounds: int) -> None:
+async def _run_rounds(bench: Bench, name: str, run: Run) -> None:
+    if bench.engine is not None:
+        bench.profile = await _fitting_profile(bench, bench.engine)
+    if run.quick:
+        bench.profile = bench.profile.quick()
     await warm_up(bench)
-    for bench.book.round in range(rounds):
+    for bench.book.round in range(run.rounds):
         for scenario in _SCENARIOS:
-            _say(f"{name}: round {bench.book.round + 1} of {rounds}, {scenario.__name__.replace('_', ' ')}")
+            _say(f"{name}: round {bench.book.round + 1} of {run.rounds}, {scenario.__name__.replace('_', ' ')}")
             await scenario(bench)
     for target in bench.targets:
         await memory(bench, target, "end")
     _say(f"{name}: comparing {len(bench.said)} texts")
     await _compare_texts(bench)
+
+
+async def _fitting_profile(bench: Bench, engine: RawEngine) -> Profile:
+    """By mlx-lm's speed on the first piece of a short prompt, the faster of two: a model's first time is slow."""
+    prompts = [bench.prompts.question(_TRIAL_TOKENS) for _ in range(2)]
+    async with asyncio.timeout(FULL.bound_seconds):
+        seconds = min([(await engine.chunks(prompt, _TRIAL_TOKENS))[0] for prompt in prompts])
+    return fitting(_TRIAL_TOKENS / seconds)
 
 
 async def _compare_texts(bench: Bench) -> None:

@@ -8,7 +8,7 @@ from tests.load.bench.measure import Measured
 from tests.load.bench.promises import Verdict, verdicts
 from tests.load.bench.summary import BARE, RAW, Row, Unit, decode_rows, in_unit, single_rows
 
-_SUFFIX: Mapping[Unit, str] = {"ms": ", ms", "s": ", s", "MB": ", MB", "percent": ", % of a core"}
+_SUFFIX: Mapping[Unit, str] = {"ms": ", ms", "s": ", s", "MB": ", MB", "percent": ", %"}
 # For what was not measured.
 _NOTHING = "-"
 
@@ -21,7 +21,7 @@ def to_text(runs: Sequence[Measured], conditions: Mapping[str, Any]) -> str:
     promised = [verdict for run in runs for verdict in verdicts(run, run.servers[0])]
     parts.append("\n".join(["Promised", *table([], [_verdict(verdict) for verdict in promised])]))
     if failures := [f"  {run.model}: {failure}" for run in runs for failure in run.book.failures]:
-        parts.append("\n".join(["Not measured", *failures]))
+        parts.append("\n".join(["Failed", *failures]))
     parts.append("\n".join(["Conditions", *(f"  {name}: {value}" for name, value in conditions.items())]))
     return "\n\n".join(parts) + "\n"
 
@@ -44,7 +44,7 @@ def show(value: float | None, unit: Unit) -> str:
     if value is None:
         return _NOTHING
     scaled = in_unit(value, unit)
-    if unit in ("count", "tok/s", "percent", "MB") or abs(scaled) >= 1000:
+    if unit in ("count", "percent", "MB") or abs(scaled) >= 1000:
         return f"{scaled:,.0f}"
     return f"{scaled:.1f}" if abs(scaled) >= 100 else f"{scaled:.2f}"
 

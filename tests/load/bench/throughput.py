@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from time import process_time
 from typing import Any, Final
 
@@ -22,9 +22,6 @@ SAMPLINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "top_p_top_k": {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
 }
 
-# Each kind of sampling so often in a round: they differ by less than the machine's mood within a second.
-_SAMPLING_REPEATS: Final = 3
-
 
 @dataclass(frozen=True, slots=True)
 class Volley:
@@ -40,13 +37,12 @@ class Volley:
         return max(answer.ended_at for answer in self.answers) - min(answer.sent_at for answer in self.answers)
 
     @property
-    def whole(self) -> list[Answer]:
-        """The answers that have all that was asked for."""
-        pairs = zip(self.asks, self.answers, strict=True)
+    def whole(self) -> list[tuple[Ask, Answer]]:
+        """The requests whose answers have all that was asked for."""
         return [
-            answer
-            for ask, answer in pairs
-            if answer.problem is None and answer.completion_tokens == ask.max_tokens and answer.arrivals
+            (ask, answer)
+            for ask, answer in zip(self.asks, self.answers, strict=True)
+            if answer.problem is None and answer.usage.completion == ask.max_tokens and answer.arrivals
         ]
 
 
@@ -71,8 +67,8 @@ async def concurrency(bench: Bench) -> None:
                 bench.book.add(subject, f"tok_s@{batch}", rate.per_second)
         for target in bench.targets:
             _note(bench, target, volleys[target.name], f"@{batch}")
-            said = [pair for volley in volleys[target.name] for pair in zip(volley.asks, volley.answers, strict=True)]
-            for ask, answer in said[: profile.checked]:
+            said = chain.from_iterable(volley.whole for volley in volleys[target.name])
+            for ask, answer in islice(said, profile.checked):
                 bench.remember(target, f"wrong@{batch}", ask, answer.text)
 
 
@@ -81,7 +77,7 @@ async def sampling(bench: Bench) -> None:
     profile = bench.profile
     for target in bench.turns():
         volleys: dict[str, list[Volley]] = {word: [] for word in SAMPLINGS}
-        for _ in range(_SAMPLING_REPEATS):
+        for _ in range(profile.sampled_repeats):
             for word, parameters in SAMPLINGS.items():
                 async with bench.attempt(target.name, f"sampling {word}"):
                     prompts = [bench.question() for _ in range(profile.sampled_batch)]
@@ -118,7 +114,7 @@ def _note(bench: Bench, target: Target, volleys: Sequence[Volley], at: str) -> N
     """The numbers of some volleys together, under metrics that end with ``at``."""
     if not volleys:
         return
-    whole = [answer for volley in volleys for answer in volley.whole]
+    whole = [answer for volley in volleys for _, answer in volley.whole]
     everything = [answer for volley in volleys for answer in volley.answers]
     seconds = sum(volley.seconds for volley in volleys)
     add = partial(bench.book.add, target.name)
@@ -127,14 +123,17 @@ def _note(bench: Bench, target: Target, volleys: Sequence[Volley], at: str) -> N
         bench.book.failures.append(f"{target.name}: streams {at}, round {bench.book.round + 1}: {problems[0]}")
     if not whole:
         return
-    add(f"tok_s{at}", sum(answer.completion_tokens for answer in everything) / seconds)
+    add(f"tok_s{at}", sum(answer.usage.completion for answer in everything) / seconds)
     ttfts = [answer.ttft for answer in whole]
     gaps = list(chain.from_iterable(answer.gaps for answer in whole)) or [0.0]
     for percent in (50, 95):
         add(f"ttft_p{percent}{at}", percentile(ttfts, percent))
         add(f"itl_p{percent}{at}", percentile(gaps, percent))
+    prompt_tokens = sum(answer.usage.prompt for answer in whole)
+    if prompt_tokens:
+        add(f"cached{at}", sum(answer.usage.cached for answer in whole) / prompt_tokens)
     events = sum(len(answer.arrivals) for answer in whole)
-    add(f"tokens_per_event{at}", sum(answer.completion_tokens for answer in whole) / events)
+    add(f"tokens_per_event{at}", sum(answer.usage.completion for answer in whole) / events)
     for at_cpu, part in enumerate(("client", "server", "workers")):
         if part == "client" or target.pid is not None:
             add(f"cpu_{part}{at}", sum(volley.cpu[at_cpu] for volley in volleys) / seconds)

@@ -56,9 +56,9 @@ class Pipe:
 class Worker:
     """One backend between inbox and pipe."""
 
-    def __init__(self, pipe: Pipe, backend: Backend) -> None:
+    def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
-        self._backend = backend
+        self._backend: Backend
         self._inbox: Inbox = queue.SimpleQueue()
         self._steps = 0
 
@@ -75,8 +75,10 @@ class Worker:
             traceback.print_exc()
             leave(1)
 
-    def run(self) -> None:
-        """The owner thread: load once, then serve until Stop."""
+    def run(self, backend: Backend) -> None:
+        """The owner thread: say Hello, load once, then serve until Stop."""
+        self._backend = backend
+        self._pipe.send(protocol.Hello(protocol.VERSION, os.getpid()))
         frame = self._inbox.get()
         if not isinstance(frame, protocol.Load) or not self._load(frame):
             return
@@ -163,10 +165,10 @@ def main() -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then stops its workers in order
     os.dup2(2, 1)  # libraries print to stdout; only stderr is read
     pipe = Pipe(socket.socket(fileno=arguments.fd))
-    worker = Worker(pipe, make_backend(arguments.echo))
-    pipe.send(protocol.Hello(protocol.VERSION, os.getpid()))
+    worker = Worker(pipe)
+    # Before the imports, which take seconds: a server that dies meanwhile must not leave this process behind.
     threading.Thread(target=worker.read_forever, name="reader", daemon=True).start()
-    worker.run()
+    worker.run(make_backend(arguments.echo))
     leave(0)
 
 

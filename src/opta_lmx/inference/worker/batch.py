@@ -154,7 +154,7 @@ class DecodeBatch:
             return
         unfed = 1 if self._launched is None else 0
         for at, sequence in enumerate(collected):
-            if sequence.finish is not None:
+            if sequence.finish is not None and sequence.error is None:
                 self._on_end(sequence, len(sequence.tokens) - unfed, [_row(layer, at) for layer in self._cache])
 
     def _keep(self, rows: list[int]) -> None:

@@ -25,6 +25,8 @@ Logits = npt.NDArray[np.float32]
 _CANDIDATES = 64
 # 1 / temperature from where on only the likeliest tokens are left in float32; beyond about 1e38 it would overflow.
 _STEEPEST = 1e30
+# Stands for the token of a row whose logits are not numbers: damaged weights, or an overflow in the model.
+NOT_A_NUMBER = -1
 # Columns summed together in the first of the two passes that find a drawn token.
 _BLOCK = 64
 
@@ -154,11 +156,12 @@ class HostLaunch:
         logits: Logits = np.array(self._lazy, copy=bool(table.processed))
         run_processors(logits, table)
         self._host = logits
-        if table.all_sampled:
-            return _as_list(_sample(logits, table))
         tokens = logits.argmax(axis=-1)
+        # argmax finds a NaN if there is one.
+        broken = np.isnan(logits[np.arange(len(tokens)), tokens])
         if len(table.sampled):
-            tokens[table.sampled] = _sample(logits[table.sampled], table)
+            tokens[table.sampled] = _sample(logits if table.all_sampled else logits[table.sampled], table)
+        tokens[broken] = NOT_A_NUMBER
         return _as_list(tokens)
 
     def logits(self) -> Logits:
@@ -253,14 +256,15 @@ class DeviceLaunch:
         self._logits = logits.astype(mx.float32)
         chosen = _sample_on_device(self._logits, table) if len(table.sampled) else mx.argmax(logits, axis=-1)
         self.tokens: mx.array | None = chosen
-        self._chosen = chosen
-        mx.async_eval(chosen)
+        # Damaged weights make every logit NaN, so one tells.
+        self._chosen = mx.where(mx.isnan(self._logits[:, 0]), NOT_A_NUMBER, chosen.astype(mx.int32))
+        mx.async_eval(chosen, self._chosen)
 
     def keep(self, rows: list[int], table: RowTable) -> None:
         """Forget every row but these; their tokens are chosen already, so the table is not asked again."""
         at = mx.array(rows)
         self._logits, self._chosen = self._logits[at], self._chosen[at]
-        self.tokens = self._chosen
+        self.tokens = mx.maximum(self._chosen, 0)
 
     def collect(self) -> list[int]:
         """Wait for the forward; the chosen token of each row."""

@@ -8,7 +8,7 @@ import numpy as np
 from opta_lmx.inference.output.stop import StopStrings
 from opta_lmx.inference.worker.backend import Prepared
 from opta_lmx.inference.worker.detokenizer import Detokenizer, TokenTable
-from opta_lmx.inference.worker.sampling import Logits, LogitsProcessor, RowSampler
+from opta_lmx.inference.worker.sampling import NOT_A_NUMBER, Logits, LogitsProcessor, RowSampler
 from opta_lmx.types import Delta, FinishReason, TokenLogprob
 
 # random.Random takes the absolute value of a seed, so that -1 and 1 would be the same; modulo 2**64 they are not.
@@ -59,6 +59,9 @@ class Sequence:
 
     def take(self, token: int, logits: Logits | None = None) -> bool:
         """Record the sampled token; True if the sequence ends with it. ``logits`` is its row, for log-probabilities."""
+        if token == NOT_A_NUMBER:
+            self.error, self.finish = "the model's output is not a number", FinishReason.STOP
+            return True
         self.tokens.append(token)
         for processor in self.sampler.processors:
             processor.accept(token)

@@ -29,6 +29,9 @@ from opta_lmx.types import LoadOptions, ModelFacts
 # For architectures whose config names no limit (state-space models have none of their own).
 _UNBOUNDED_CONTEXT_TOKENS = 32_768
 
+# Of a library's error message; the names of missing tensors can run to pages.
+_MOST_CHARACTERS = 300
+
 _CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "seq_length", "n_ctx")
 
 # MLX keeps freed buffers for reuse; without a bound that cache grows to the allocation limit and is never returned
@@ -171,9 +174,10 @@ def _named_load_errors(model_id: str) -> Iterator[None]:
     except (KeyError, TypeError) as error:
         raise LoadFailed(model_id, f"config.json does not describe a model of its type: {error}") from error
     except (ValueError, RuntimeError, OSError) as error:
-        raise LoadFailed(model_id, _first_line(error)) from error
+        raise LoadFailed(model_id, _in_short(error)) from error
 
 
-def _first_line(error: Exception) -> str:
-    """The first line of a library's message; the rest is advice for its own users."""
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+def _in_short(error: Exception) -> str:
+    """A library's message on one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
