@@ -40,6 +40,8 @@ class DecodeBatch:
         self._sampler = sampler
         self._on_end = on_end
         self._cache: Caches = []
+        # A single row decodes on its plain cache: no padding, so no mask (a sixth of a small model's step on the CPU).
+        self._alone = False
         self._table = RowTable(())
         self._inputs: list[int] = []
         self._joining: list[tuple[Sequence, Caches, int]] = []
@@ -136,14 +138,19 @@ class DecodeBatch:
         if not self._joining:
             return []
         joining, self._joining = self._joining, []
-        merged = [
-            type(layers[0]).merge(list(layers)) for layers in zip(*(cache for _, cache, _ in joining), strict=True)
-        ]
-        if self._cache:
-            for layer, extra in zip(self._cache, merged, strict=True):
-                layer.extend(extra)
+        caches = [cache for _, cache, _ in joining]
+        if not self.sequences and len(joining) == 1:
+            self._cache, self._alone = caches[0], True
         else:
-            self._cache = merged
+            if self._alone:
+                caches.insert(0, self._cache)
+                self._cache, self._alone = [], False
+            merged = [type(layers[0]).merge(list(layers)) for layers in zip(*caches, strict=True)]
+            if self._cache:
+                for layer, extra in zip(self._cache, merged, strict=True):
+                    layer.extend(extra)
+            else:
+                self._cache = merged
         self.sequences += [sequence for sequence, _, _ in joining]
         self._table = RowTable([sequence.sampler for sequence in self.sequences])
         return [token for _, _, token in joining]
@@ -155,19 +162,24 @@ class DecodeBatch:
         unfed = 1 if self._launched is None else 0
         for at, sequence in enumerate(collected):
             if sequence.finish is not None and sequence.error is None:
-                self._on_end(sequence, len(sequence.tokens) - unfed, [_row(layer, at) for layer in self._cache])
+                caches = self._cache if self._alone else [_row(layer, at) for layer in self._cache]
+                self._on_end(sequence, len(sequence.tokens) - unfed, caches)
 
     def _keep(self, rows: list[int]) -> None:
         self.sequences = [self.sequences[at] for at in rows]
         self._inputs = [self._inputs[at] for at in rows] if self._inputs else []
         self._table = RowTable([sequence.sampler for sequence in self.sequences])
         if not rows:
-            self._cache, self._inputs, self._launched = [], [], None
+            self._cache, self._inputs, self._launched, self._alone = [], [], None, False
+            return
+        if self._launched is not None:
+            self._launched.keep(rows, self._table)
+        if self._alone:
             return
         for layer in self._cache:
             layer.filter(rows)
-        if self._launched is not None:
-            self._launched.keep(rows, self._table)
+        if len(rows) == 1:
+            self._cache, self._alone = [layer.extract(0) for layer in self._cache], True
 
 
 def _row(layer: Any, at: int) -> Any:
