@@ -105,11 +105,14 @@ _FAMILIES: dict[Family, tuple[dict[str, Any], float]] = {
 _STATE_STEP = -4.0
 
 
-def build_tiny_model(directory: Path, family: Family, *, vocab_size: int = 512, seed: int = 0) -> Path:
+def build_tiny_model(
+    directory: Path, family: Family, *, vocab_size: int = 512, seed: int = 0, head_dim: int | None = None
+) -> Path:
     """Writes config.json, model.safetensors and the tokenizer's files into a new directory and returns it.
 
     The weights are float32 and depend only on the family, the size and the seed. ``vocab_size`` is the model's; the
-    tokenizer has up to 512 entries, so a model with more may say tokens that have no text.
+    tokenizer has up to 512 entries, so a model with more may say tokens that have no text. ``head_dim`` None leaves
+    the family's.
     """
     directory.mkdir(parents=True)
     tokenizer = _train_tokenizer(min(vocab_size, 512))
@@ -118,6 +121,7 @@ def build_tiny_model(directory: Path, family: Family, *, vocab_size: int = 512, 
         "model_type": family,
         **_SHARED,
         **own,
+        **({} if head_dim is None else {"head_dim": head_dim}),
         "vocab_size": vocab_size,
         "bos_token_id": tokenizer.token_to_id(TURN_START),
         "eos_token_id": tokenizer.token_to_id(TURN_END),

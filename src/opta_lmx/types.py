@@ -176,6 +176,8 @@ class LoadOptions(msgspec.Struct, frozen=True):
     memory_limit_bytes: int | None = None
     kv_bits: int | None = None
     echo: "EchoOptions | None" = None
+    # The model was loaded and used before in this server's life.
+    reloaded: bool = False
 
 
 class EchoOptions(msgspec.Struct, frozen=True):

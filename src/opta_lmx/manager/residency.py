@@ -306,7 +306,8 @@ class Residency:
         record.restarts += record.state is ModelState.ABSENT and record.reason is not None
         record.state, record.process = ModelState.LOADING, Process(plan.need)
         self.memory.reserve(record.id, plan.need.total_bytes)
-        options = msgspec.structs.replace(options, kv_bytes=plan.need.kv_bytes)
+        reloaded = record.request_count > 0
+        options = msgspec.structs.replace(options, kv_bytes=plan.need.kv_bytes, reloaded=reloaded)
         self.tasks.start_soon(self._run_load, record, record.process, options)
 
     async def _run_load(self, record: Record, process: Process, options: LoadOptions) -> None:

@@ -24,6 +24,22 @@ def tiny(tiny_model: "Callable[[Family], Path]") -> "Callable[[Family], TinyMode
     return load
 
 
+@pytest.fixture(scope="session")
+def wide_heads(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[Family], TinyModel]":
+    """Loads a tiny model of a family whose head size (32) lets its KV cache be quantised."""
+    loaded: dict[Family, TinyModel] = {}
+
+    def load(family: "Family") -> "TinyModel":
+        from tests.tiny_models import build_tiny_model
+
+        if family not in loaded:
+            path = build_tiny_model(tmp_path_factory.mktemp("wide") / family, family, head_dim=32)
+            loaded[family] = _load(family, path)
+        return loaded[family]
+
+    return load
+
+
 def _load(family: "Family", path: Path) -> "TinyModel":
     from vllm_mlx.utils.tokenizer import collect_eos_token_ids, load_model_with_fallback
 

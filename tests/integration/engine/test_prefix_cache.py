@@ -162,3 +162,13 @@ def test_without_a_cache_every_request_says_so(tiny: Tiny) -> None:
     engine.ask(0, model.prompt(20))
     report = engine.run().started[0]
     assert (report.hit_tokens, report.miss_at, report.cause) == (0, 0, "off")
+
+
+def test_a_reload_is_told_as_the_cause(tiny: Tiny) -> None:
+    """The first miss after a reload is the reload's; once something is kept again, misses have their own causes."""
+    model = tiny("llama")
+    engine = Engine(model, LoadOptions(reloaded=True), prefixes=model.new_prefix_cache())
+    for id, seed in enumerate((1, 2)):
+        engine.ask(id, model.prompt(40, seed=seed), max_tokens=2)
+        engine.run()
+    assert [engine.started[id].cause for id in (0, 1)] == ["model_reloaded", "first_seen"]

@@ -41,6 +41,7 @@ class BatchDecoder:
         self.prefills = PrefillQueue(model, policy, self._keep_prompt)
         self._books = books
         self._prefixes = prefixes
+        self._reloaded = options.reloaded
 
     def __len__(self) -> int:
         return len(self.batch) + len(self.prefills)
@@ -83,7 +84,11 @@ class BatchDecoder:
         """A cache that covers what is known of all but the last token."""
         known, report = None, CacheReport()
         if self._prefixes is not None:
+            empty = self._prefixes.nbytes == 0
             known, report = self._prefixes.fetch(tokens[:-1])
+            if empty and self._reloaded:
+                # Whatever was known before went with the process that knew it.
+                report = CacheReport(cause="model_reloaded")
         return (known if known is not None else self._books.shape.new_cache()), report
 
     def should_wait(self, prepared: Prepared) -> bool:
