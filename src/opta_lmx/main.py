@@ -32,6 +32,7 @@ _TICK_SECONDS = 1.0
 
 # ``prefix_cache.ram_bytes: auto``: tens of chats on a 48 GB machine, and small beside any model on a 512 GB one.
 _PREFIX_CACHE_SHARE = 0.05
+_PREFIX_CACHE_LEAST_BYTES = 128 * 1024**2
 _PREFIX_CACHE_MOST_BYTES = 8 * 1024**3
 
 _log = get_logger("main")
@@ -150,18 +151,19 @@ class Runtime:
             max_running=scheduling.max_running,
             prefill_chunk_tokens=scheduling.prefill_chunk_tokens,
             stall_bound_seconds=scheduling.stall_bound_seconds,
-            prefix_cache_bytes=self._prefix_cache_bytes(),
+            prefix_cache_bytes=self._prefix_cache_bytes(files),
             context_length=per_model.context_length if per_model else None,
             kv_bits=per_model.kv_bits if per_model else None,
             echo=files.echo,
         )
 
-    def _prefix_cache_bytes(self) -> int:
-        """One model's budget: the configured one, or a share of the memory cap."""
+    def _prefix_cache_bytes(self, files: ModelFiles) -> int:
+        """One model's budget: the configured one, or a share of the memory cap that is no wild multiple of its size."""
         configured = self.config.scheduling.prefix_cache.ram_bytes
         if configured != "auto":
             return configured
-        return min(_PREFIX_CACHE_MOST_BYTES, int(self.memory.limit_bytes * _PREFIX_CACHE_SHARE))
+        share = int(self.memory.limit_bytes * _PREFIX_CACHE_SHARE)
+        return min(_PREFIX_CACHE_MOST_BYTES, share, _PREFIX_CACHE_LEAST_BYTES + files.size_bytes)
 
 
 class Server(uvicorn.Server):

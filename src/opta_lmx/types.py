@@ -70,17 +70,22 @@ class SamplingParams(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     n: int = 1
+    # Tokens a model may think before it has to answer; None leaves that to the model.
+    thinking_budget: int | None = None
 
 
 class Structured(msgspec.Struct, frozen=True):
     """A grammar the answer must follow. ``spec`` is a schema, a pattern, a list of choices or a Lark text.
 
-    ``field`` is where the client asked for it, for errors.
+    For ``tool_call`` it is a list of tools, each with ``name``, ``parameters`` (a JSON Schema) and ``field``: the answer
+    is one call, ``{"name": ..., "arguments": {...}}``. ``field`` is where the client asked for it, for errors.
+    ``or_call`` leaves the model free to call a tool instead, in its own format.
     """
 
-    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar", "tool_call"]
     spec: Any = None
     field: str = "response_format"
+    or_call: bool = False
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):
@@ -135,6 +140,9 @@ class ModelFacts(msgspec.Struct, frozen=True):
     kv_bytes_per_token: int
     has_chat_template: bool
     prefix_cache: str = "off"
+    # How it writes tool calls and reasoning, in the words of ``inference/output/formats.py``; None: as plain text.
+    tool_format: str | None = None
+    reasoning_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,7 @@ class DecodeBatch:
         unfed = 1 if self._launched is None else 0
         for at, sequence in enumerate(collected):
             if sequence.finish is not None and sequence.error is None:
-                caches = self._cache if self._alone else [_row(layer, at) for layer in self._cache]
+                caches = self._cache if self._alone else [row_of(layer, at) for layer in self._cache]
                 self._on_end(sequence, len(sequence.tokens) - unfed, caches)
 
     def _keep(self, rows: list[int]) -> None:
@@ -182,7 +182,7 @@ class DecodeBatch:
             self._cache, self._alone = [layer.extract(0) for layer in self._cache], True
 
 
-def _row(layer: Any, at: int) -> Any:
+def row_of(layer: Any, at: int) -> Any:
     """One row of a joint cache as a plain cache; a view where that is possible, so that only what is kept is copied."""
     if type(layer) is not BatchKVCache:
         return layer.extract(at)

@@ -38,7 +38,7 @@ class BatchDecoder:
         on_end = self._keep_answer if prefixes is not None else None
         self.batch = DecodeBatch(model, launch, on_end)
         policy = ChunkPolicy(options.prefill_chunk_tokens, options.stall_bound_seconds)
-        self.prefills = PrefillQueue(model, policy, self._keep_prompt)
+        self.prefills = PrefillQueue(model, policy, self._keep_prompt, in_groups=books.shape.plain)
         self._books = books
         self._prefixes = prefixes
         self._reloaded = options.reloaded

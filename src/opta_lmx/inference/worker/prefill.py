@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache
 
-from opta_lmx.inference.worker.batch import Caches
+from opta_lmx.inference.worker.batch import Caches, row_of
 from opta_lmx.inference.worker.sequence import Sequence
 
 # Below this many tokens a chunk costs almost as much as a decode step, so smaller ones would only add work.
@@ -16,6 +17,8 @@ _SMALLEST_CHUNK = 16
 _QUIET_FACTOR = 4.0
 # Shortest first would starve a long prompt under a stream of short ones: every so many chunks the oldest goes.
 _OLDEST_EVERY = 4
+# Prompts share a forward if the longest has at most this many times the tokens of the shortest: padding costs too.
+_GROUP_SPREAD = 2
 # Weight of the newest measurement in the running estimate of prefill speed.
 _SMOOTHING = 0.3
 
@@ -66,16 +69,18 @@ class ChunkPolicy:
         old = self._seconds_per_token
         self._seconds_per_token = measured if old is None else old + _SMOOTHING * (measured - old)
 
-    def choose(self, waiting: list[Prefill]) -> Prefill:
-        """The prompt that gets the next chunk: the one with least left, and now and then the oldest."""
+    def oldest_first(self) -> bool:
+        """True if this chunk is the oldest prompt's, whatever the others have left."""
         self._turn += 1
-        if self._turn % _OLDEST_EVERY == 0:
-            return waiting[0]
-        return min(waiting, key=lambda prefill: prefill.remaining)
+        return self._turn % _OLDEST_EVERY == 0
 
 
 class PrefillQueue:
-    """Prompts being processed one at a time, each on its own plain cache: exact for every architecture."""
+    """Prompts being processed, each on its own plain cache, which is exact for every architecture.
+
+    Short prompts of models with plain KV caches share a forward: one forward costs little more for eight than for one.
+    mlx-lm 0.31 pads recurrent layers wrongly (its issue 1736), so those never do.
+    """
 
     def __init__(
         self,
@@ -83,11 +88,15 @@ class PrefillQueue:
         policy: ChunkPolicy,
         on_boundary: Callable[[Prefill], None],
         clock: Callable[[], float] = time.perf_counter,
+        *,
+        in_groups: bool = False,
     ) -> None:
+        """``in_groups``: all layers are plain KV caches, so that short prompts may share a forward."""
         self._model = model
         self._policy = policy
         self._on_boundary = on_boundary
         self._clock = clock
+        self._in_groups = in_groups
         self._waiting: list[Prefill] = []
 
     def __len__(self) -> int:
@@ -122,16 +131,77 @@ class PrefillQueue:
         return best
 
     def step(self, *, decoding: bool) -> list[Prefill]:
-        """Process at most one chunk's worth of tokens; the prompts that are now complete, in order."""
+        """Process at most one chunk's worth of tokens; the prompts that are now complete, in order.
+
+        1 On the oldest's turn it goes first. 2 Prompts that fit into the chunk whole are completed, shortest first.
+        3 Only if none was is the chunk given to one that does not fit: whoever is complete should start at once.
+        """
         budget = self._policy.tokens(decoding=decoding)
         complete: list[Prefill] = []
-        while self._waiting and budget > 0:
-            prefill = self._policy.choose(self._waiting)
+        if self._waiting and self._policy.oldest_first():
+            oldest = self._waiting[0]
+            budget -= self._advance(oldest, budget)
+            complete += self._leave([oldest])
+        if short := self._fitting(budget):
+            budget -= self._finish(short)
+            complete += self._leave(short)
+        while self._waiting and budget > 0 and not complete:
+            prefill = min(self._waiting, key=lambda waiting: waiting.remaining)
             budget -= self._advance(prefill, budget)
-            if prefill.remaining == 0:
-                self._waiting.remove(prefill)
-                complete.append(prefill)
+            complete += self._leave([prefill])
         return complete
+
+    def _leave(self, prefills: list[Prefill]) -> list[Prefill]:
+        """Take those that are complete out of the queue."""
+        complete = [prefill for prefill in prefills if prefill.remaining == 0]
+        self._waiting = [prefill for prefill in self._waiting if prefill not in complete]
+        return complete
+
+    def _fitting(self, budget: int) -> list[Prefill]:
+        """The prompts that can be completed within ``budget`` tokens together, shortest first."""
+        fitting: list[Prefill] = []
+        for prefill in sorted(self._waiting, key=lambda waiting: waiting.remaining):
+            budget -= max(prefill.remaining, 1)
+            if budget < 0:
+                break
+            fitting.append(prefill)
+        return fitting
+
+    def _finish(self, prefills: list[Prefill]) -> int:
+        """Complete these prompts, several in one forward where the model allows it; the tokens it cost."""
+        cost = 0
+        while prefills:
+            group = prefills[:1]
+            if self._in_groups and prefills[0].remaining > 0:
+                longest = _GROUP_SPREAD * prefills[0].remaining
+                group = [prefill for prefill in prefills if 0 < prefill.remaining <= longest]
+            prefills = prefills[len(group) :]
+            if len(group) > 1:
+                cost += self._advance_group(group)
+            while group[0].remaining:
+                cost += self._advance(group[0], group[0].remaining)
+        return cost
+
+    def _advance_group(self, group: list[Prefill]) -> int:
+        """Complete several prompts in one forward over their joint, padded cache; plain caches only."""
+        lengths = [prefill.remaining for prefill in group]
+        longest = max(lengths)
+        padding = [longest - length for length in lengths]
+        pieces = [prefill.tokens[prefill.done : prefill.target] for prefill in group]
+        started = self._clock()
+        joint = [KVCache.merge(list(layers)) for layers in zip(*(prefill.cache for prefill in group), strict=True)]
+        if max(padding):
+            for layer in joint:
+                layer.prepare(lengths=lengths, right_padding=padding)
+        self._model(mx.array([piece + [0] * pad for piece, pad in zip(pieces, padding, strict=True)]), cache=joint)
+        for layer in joint:
+            layer.finalize()
+        mx.eval([layer.state for layer in joint])
+        self._policy.observe(len(group) * longest, self._clock() - started)
+        for at, prefill in enumerate(group):
+            prefill.cache = [row_of(layer, at) for layer in joint]
+            prefill.done = prefill.target
+        return len(group) * longest
 
     def _advance(self, prefill: Prefill, budget: int) -> int:
         """Run one piece of a prompt, up to its next boundary; the tokens it cost (at least 1, so that steps end)."""
