@@ -77,8 +77,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
 class Structured(msgspec.Struct, frozen=True):
     """A grammar the answer must follow. ``spec`` is a schema, a pattern, a list of choices or a Lark text.
 
-    For ``tool_call`` it is a list of tools, each with ``name``, ``parameters`` (a JSON Schema) and ``field``: the answer
-    is one call, ``{"name": ..., "arguments": {...}}``. ``field`` is where the client asked for it, for errors.
+    For ``tool_call`` it is a list of tools, each with ``name``, ``parameters`` (a schema) and ``field``: the answer is
+    one call, ``{"name": ..., "arguments": {...}}``. ``field`` is where the client asked for it, for errors.
     ``or_call`` leaves the model free to call a tool instead, in its own format.
     """
 

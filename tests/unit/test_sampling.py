@@ -118,6 +118,8 @@ def _shares(logits: Rows, rule: RowSampler) -> tuple[npt.NDArray[np.intp], npt.N
     before = np.cumsum(weights) - weights
     outside = (before >= rule.top_p * weights.sum()) & (rule.top_p < 1)
     weights[outside | (weights < rule.min_p * weights[0])] = 0.0
+    by_id = np.argsort(order)
+    order, weights = order[by_id], weights[by_id]
     return order, weights / weights.sum()
 
 

@@ -7,19 +7,24 @@ not when the caller stops listening.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
+from typing import TypeVar
 
 from opta_lmx.config import Config, Preset
-from opta_lmx.errors import Draining, ModelNotFound, WorkerLost
+from opta_lmx.errors import Draining, ModelNotFound, UnsupportedParameter, WorkerLost
 from opta_lmx.inference.admission import Admission, Slot
+from opta_lmx.inference.embedding import EmbedRequest, RankRequest
+from opta_lmx.inference.protocol import Embedded, Ranked
 from opta_lmx.inference.worker_client import WorkerClient
+from opta_lmx.inference.worker_reply import WorkerReply
 from opta_lmx.inference.worker_stream import WorkerStream
+from opta_lmx.manager.catalog import is_encoder
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.residency import Lease, LoadResult, Residency, UnloadResult
 from opta_lmx.monitoring.logging import get_logger
 from opta_lmx.router.resolve import preset_behind, resolve
-from opta_lmx.types import CacheReport, Delta, GenerateRequest, ModelFiles
+from opta_lmx.types import CacheReport, Delta, GenerateRequest, ModelFacts, ModelFiles
 
 # A request that was in two workers when they died is likelier to be the cause than the victim.
 _STARTS = 2
@@ -29,13 +34,16 @@ _LOOK_AGAIN_SECONDS = 1.0
 
 _log = get_logger("engine")
 
+Result = TypeVar("Result")
+
 
 class Generation:
     """One request under way: iterate for lists of deltas, everything that has arrived since the last look."""
 
-    def __init__(self, request_id: str, model_id: str, stream: WorkerStream) -> None:
+    def __init__(self, request_id: str, model_id: str, worker: WorkerClient, stream: WorkerStream) -> None:
         self.request_id = request_id
         self.model_id = model_id
+        self._worker = worker
         self._stream = stream
 
     @property
@@ -48,6 +56,16 @@ class Generation:
         """What the prefix cache served."""
         return self._stream.cache
 
+    @property
+    def facts(self) -> ModelFacts:
+        """What the worker knows of its model."""
+        return self._worker.facts
+
+    @property
+    def starts_in_reasoning(self) -> bool:
+        """True if the prompt ends inside a block of reasoning, so that the answer begins there."""
+        return self._stream.in_reasoning
+
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
         """Raises WorkerLost or GenerationFailed; ends after the last choice's last delta."""
         while True:
@@ -57,9 +75,13 @@ class Generation:
                 return
             yield deltas
 
+    def stop(self) -> None:
+        """Ask for no more: the iteration ends with what the worker has made until it hears of it."""
+        self._stream.cancel()
+
     async def aclose(self) -> None:
         """Let the request go, if it has not ended; safe at any moment, any number of times."""
-        self._stream.cancel()
+        self.stop()
 
 
 class InferenceEngine:
@@ -85,18 +107,19 @@ class InferenceEngine:
 
     async def open(self, request: GenerateRequest) -> Generation:
         """Start a request and wait for its first token. Raises any LmxError; then nothing is held."""
-        model_id = self._admit_name(request.model)
-        self._open += 1
-        self._idle.clear()
-        held = _Held()
-        try:
-            held.slot = await self._admission(model_id).enter()
-            files = await self._models.ensure_local(model_id)
-            await self._start(request, files, held)
-        finally:
-            held.at_its_end(partial(self._close, held))
-        assert held.stream is not None
-        return Generation(request.request_id, model_id, held.stream)
+        return await self._enter(request, partial(self._first_token, request), encoder=False)
+
+    async def embed(self, request: EmbedRequest) -> Embedded:
+        """The vectors of some inputs. Raises any LmxError; whoever stops waiting lets the request go."""
+        answer = await self._enter(request, partial(self._answer, request), encoder=True)
+        assert isinstance(answer, Embedded)
+        return answer
+
+    async def rank(self, request: RankRequest) -> Ranked:
+        """The scores of some documents; as ``embed``."""
+        answer = await self._enter(request, partial(self._answer, request), encoder=True)
+        assert isinstance(answer, Ranked)
+        return answer
 
     async def idle(self) -> None:
         """Wait until no request is open."""
@@ -160,32 +183,69 @@ class InferenceEngine:
         if self._open == 0:
             self._idle.set()
 
-    async def _start(self, request: GenerateRequest, files: ModelFiles, held: "_Held") -> None:
-        """Lease, send, wait for the first token; once more if the worker dies before it."""
-        starts = 0
-        while True:
-            lease = await self._residency.lease(files, may_load=self._config.models.jit)
-            starts += 1
-            try:
-                return await self._first_token(request, lease, held)
-            except WorkerLost as error:
-                _log.warning("request_start_lost", request_id=request.request_id, model=files.id, cause=error.cause)
-                if starts == _STARTS:
-                    raise
-
-    async def _first_token(self, request: GenerateRequest, lease: Lease, held: "_Held") -> None:
-        worker = lease.worker
-        assert isinstance(worker, WorkerClient)
+    async def _enter(
+        self,
+        request: GenerateRequest | EmbedRequest | RankRequest,
+        attempt: "Callable[[_Held, Lease], Awaitable[Result]]",
+        *,
+        encoder: bool,
+    ) -> Result:
+        """Pass the door, then attempt with a lease; once more if the worker dies meanwhile."""
+        model_id = self._admit_name(request.model)
+        self._open += 1
+        self._idle.clear()
+        held = _Held()
         try:
-            held.stream = worker.generate(request, lease.release)
+            held.slot = await self._admission(model_id).enter()
+            files = await self._models.ensure_local(model_id)
+            _check_task(files, encoder=encoder)
+            for starts in range(1, _STARTS + 1):
+                lease = await self._residency.lease(files, may_load=self._config.models.jit)
+                try:
+                    return await attempt(held, lease)
+                except WorkerLost as error:
+                    _log.warning("request_start_lost", request_id=request.request_id, model=model_id, cause=error.cause)
+                    if starts == _STARTS:
+                        raise
+            raise AssertionError(starts)
+        finally:
+            held.at_its_end(partial(self._close, held))
+
+    async def _first_token(self, request: GenerateRequest, held: "_Held", lease: Lease) -> Generation:
+        worker = _worker(lease)
+        try:
+            held.asked = stream = worker.generate(request, lease.release)
         except WorkerLost:
             lease.release()
             raise
         try:
-            await held.stream.arrived()
+            await stream.arrived()
         except BaseException:
-            held.stream.cancel()
+            stream.cancel()
             raise
+        return Generation(request.request_id, lease.model_id, worker, stream)
+
+    async def _answer(self, request: EmbedRequest | RankRequest, held: "_Held", lease: Lease) -> Embedded | Ranked:
+        try:
+            held.asked = reply = _worker(lease).ask(request.frame, lease.release)
+        except WorkerLost:
+            lease.release()
+            raise
+        return await reply.answer()
+
+
+def _worker(lease: Lease) -> WorkerClient:
+    assert isinstance(lease.worker, WorkerClient)
+    return lease.worker
+
+
+def _check_task(files: ModelFiles, *, encoder: bool) -> None:
+    """Refuses before a load what the model cannot do after it."""
+    if is_encoder(files) == encoder:
+        return
+    can = "write text; it makes no embeddings" if encoder else "make embeddings; it writes no text"
+    route = "/v1/chat/completions" if encoder else "/v1/embeddings"
+    raise UnsupportedParameter(f"The model {files.id!r} can {can}. Use POST {route}.", param="model")
 
 
 class _Held:
@@ -193,11 +253,11 @@ class _Held:
 
     def __init__(self) -> None:
         self.slot: Slot | None = None
-        self.stream: WorkerStream | None = None
+        self.asked: WorkerStream | WorkerReply | None = None
 
     def at_its_end(self, act: Callable[[], None]) -> None:
         """Act once the worker is done with the request; now, if it never had it or is done already."""
-        if self.stream is None or self.stream.ended:
+        if self.asked is None or self.asked.ended:
             act()
         else:
-            self.stream.then(act)
+            self.asked.then(act)

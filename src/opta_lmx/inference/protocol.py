@@ -17,9 +17,11 @@ from opta_lmx.types import (
     Prompt,
     SamplingParams,
     Structured,
+    TextPrompt,
+    TokenPrompt,
 )
 
-VERSION = 1
+VERSION = 3
 
 # A frame past this is a broken peer, not a big request: the api room refuses bodies far smaller.
 MAX_FRAME_BYTES = 256 * 1024 * 1024
@@ -35,11 +37,12 @@ class ProtocolError(Exception):
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """Load the model in directory ``path``; answered by Ready or LoadError."""
+    """Load the model in directory ``path``; answered by Ready or LoadError. ``embeds``: it is an encoder."""
 
     model_id: str
     path: str
     options: LoadOptions
+    embeds: bool = False
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
@@ -53,8 +56,27 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     context_length: int | None = None
 
 
+class Embed(msgspec.Struct, frozen=True, tag="embed"):
+    """One vector for each input, cut to ``dimensions``; answered by Embedded, Refused or Failed."""
+
+    id: int
+    inputs: list[TextPrompt | TokenPrompt]
+    dimensions: int | None = None
+
+
+class Rank(msgspec.Struct, frozen=True, tag="rank"):
+    """How relevant each document is to the query; answered by Ranked, Refused or Failed."""
+
+    id: int
+    query: str
+    documents: list[str]
+
+
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Stop request ``id`` at the next step; answered by its final Delta unless it had ended already."""
+    """Stop request ``id`` at the next step; answered by its final Delta unless it had ended already.
+
+    What a Cancel ends of Embed and Rank is answered by Failed.
+    """
 
     id: int
 
@@ -99,6 +121,8 @@ class Started(msgspec.Struct, frozen=True, tag="started"):
     id: int
     prompt_tokens: int
     cache: CacheReport
+    # The prompt ends inside a block of reasoning that the template opened.
+    in_reasoning: bool = False
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -114,10 +138,30 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """Request ``id`` died inside a living worker after Started; nothing follows for this id."""
+    """Request ``id`` died inside a living worker after it was taken; nothing follows for this id."""
 
     id: int
     message: str
+
+
+class Embedded(msgspec.Struct, frozen=True, tag="embedded"):
+    """The vectors of an Embed, in the order of its inputs: float32, little-endian, ``dimensions`` numbers each.
+
+    ``prompt_tokens`` counts what the model read, special tokens included.
+    """
+
+    id: int
+    vectors: bytes
+    dimensions: int
+    prompt_tokens: int
+
+
+class Ranked(msgspec.Struct, frozen=True, tag="ranked"):
+    """The scores of a Rank, in the order of its documents; ``prompt_tokens`` as in Embedded."""
+
+    id: int
+    scores: list[float]
+    prompt_tokens: int
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
@@ -150,8 +194,8 @@ class Idle(msgspec.Struct, frozen=True, tag="idle"):
     cache_bytes: int
 
 
-FromServer: TypeAlias = Load | Generate | Cancel | KvGrant | Stop
-FromWorker: TypeAlias = Hello | Ready | LoadError | Started | Refused | Failed | Step | KvWant | Idle
+FromServer: TypeAlias = Load | Generate | Embed | Rank | Cancel | KvGrant | Stop
+FromWorker: TypeAlias = Hello | Ready | LoadError | Started | Refused | Failed | Embedded | Ranked | Step | KvWant | Idle
 
 _encoder = msgspec.msgpack.Encoder()
 _from_server: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)

@@ -25,7 +25,9 @@ from opta_lmx.errors import (
     WorkerLost,
 )
 from opta_lmx.inference import protocol
+from opta_lmx.inference.worker_reply import WorkerReply
 from opta_lmx.inference.worker_stream import WorkerStream
+from opta_lmx.manager.catalog import is_encoder
 from opta_lmx.monitoring.logging import get_logger
 from opta_lmx.types import GenerateRequest, LoadOptions, ModelFacts, ModelFiles, WorkerExit
 
@@ -54,6 +56,7 @@ class WorkerClient(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._splitter = protocol.FrameSplitter()
         self._streams: dict[int, WorkerStream] = {}
+        self._replies: dict[int, WorkerReply] = {}
         self._next_id = 1
         self._facts: ModelFacts | None = None
         self._on_exit: Callable[[WorkerExit], None] | None = None
@@ -114,7 +117,7 @@ class WorkerClient(asyncio.Protocol):
         try:
             async with asyncio.timeout(_HELLO_SECONDS):
                 await self._until(self._hello)
-            self._send(protocol.Load(files.id, str(files.path), options))
+            self._send(protocol.Load(files.id, str(files.path), options, is_encoder(files)))
             async with asyncio.timeout(_LOAD_SECONDS):
                 await self._until(self._loaded)
         except TimeoutError as error:
@@ -131,9 +134,7 @@ class WorkerClient(asyncio.Protocol):
 
     def generate(self, request: GenerateRequest, on_end: Callable[[], None]) -> WorkerStream:
         """Send a request; raises WorkerLost if the process has gone."""
-        if not self.alive or self._socket_lost:
-            raise WorkerLost(self.model_id, "it had already ended")
-        id, self._next_id = self._next_id, self._next_id + 1
+        id = self._new_id()
 
         def end() -> None:
             del self._streams[id]
@@ -152,6 +153,25 @@ class WorkerClient(asyncio.Protocol):
             )
         )
         return stream
+
+    def ask(self, frame: Callable[[int], protocol.Embed | protocol.Rank], on_end: Callable[[], None]) -> WorkerReply:
+        """Send what ``frame`` makes of an id; raises WorkerLost if the process has gone."""
+        id = self._new_id()
+
+        def end() -> None:
+            del self._replies[id]
+            on_end()
+
+        reply = WorkerReply(lambda: self._send(protocol.Cancel(id)), end)
+        self._replies[id] = reply
+        self._send(frame(id))
+        return reply
+
+    def _new_id(self) -> int:
+        if not self.alive or self._socket_lost:
+            raise WorkerLost(self.model_id, "it had already ended")
+        id, self._next_id = self._next_id, self._next_id + 1
+        return id
 
     async def stop(self, grace_seconds: float) -> None:
         """1 ask, 2 SIGTERM to its group after the grace, 3 SIGKILL, 4 reap. Safe to call twice."""
@@ -231,6 +251,9 @@ class WorkerClient(asyncio.Protocol):
             self._loaded.set_result(None)
         elif isinstance(frame, protocol.LoadError):
             self._loaded.set_exception(LoadFailed(self.model_id, frame.reason))
+        elif isinstance(frame, protocol.Embedded | protocol.Ranked):
+            if (reply := self._replies.get(frame.id)) is not None:
+                reply.finish(frame)
         else:
             self._answer(frame)
 
@@ -241,14 +264,14 @@ class WorkerClient(asyncio.Protocol):
 
     def _answer(self, frame: protocol.Started | protocol.Refused | protocol.Failed) -> None:
         stream = self._streams.get(frame.id)
-        if stream is None:
-            return
         if isinstance(frame, protocol.Started):
-            stream.began(frame)
-        elif isinstance(frame, protocol.Failed):
-            stream.fail(GenerationFailed(f"The model could not finish this answer: {frame.message}"))
-        else:
-            stream.fail(_refusal(frame))
+            if stream is not None:
+                stream.began(frame)
+        elif (asked := stream or self._replies.get(frame.id)) is not None:
+            if isinstance(frame, protocol.Failed):
+                asked.fail(GenerationFailed(f"The model could not finish this answer: {frame.message}"))
+            else:
+                asked.fail(_refusal(frame))
 
     def _finish_if_done(self) -> None:
         process = self._process
@@ -259,8 +282,8 @@ class WorkerClient(asyncio.Protocol):
         # Its owner learns first: leases given back by the streams are then those of a worker known to be dead.
         if self._on_exit is not None:
             self._on_exit(exit)
-        for stream in list(self._streams.values()):
-            stream.fail(WorkerLost(self.model_id, str(exit)))
+        for asked in (*self._streams.values(), *self._replies.values()):
+            asked.fail(WorkerLost(self.model_id, str(exit)))
 
 
 class _Process(asyncio.SubprocessProtocol):

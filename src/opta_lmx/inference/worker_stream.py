@@ -16,6 +16,7 @@ class WorkerStream:
         self._then: list[Callable[[], None]] = [on_end]
         self.prompt_tokens = 0
         self.cache = CacheReport()
+        self.in_reasoning = False
         self._cancel = cancel
         self._open_choices = choices
         self._deltas: list[Delta] = []
@@ -34,7 +35,7 @@ class WorkerStream:
 
     def began(self, frame: Started) -> None:
         """The request has entered the batch."""
-        self.prompt_tokens, self.cache = frame.prompt_tokens, frame.cache
+        self.prompt_tokens, self.cache, self.in_reasoning = frame.prompt_tokens, frame.cache, frame.in_reasoning
 
     def push(self, delta: Delta) -> None:
         """Take one delta in, and end when it was the last choice's last."""

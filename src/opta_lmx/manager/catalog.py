@@ -39,6 +39,9 @@ _CONTEXT_KEYS = (
     "n_ctx",
     "model_max_length",
 )
+# Model types that make vectors instead of text; those the worker has a forward for.
+_ENCODER_TYPES = frozenset({"bert", "roberta", "xlm-roberta"})
+
 _DTYPE_LABELS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 Entries: TypeAlias = Mapping[str, os.stat_result]
@@ -119,6 +122,11 @@ def describe_gguf(model_id: str, path: Path) -> ModelFiles:
     """The model in a GGUF file that lies elsewhere. Raises OSError if it has gone."""
     status = path.stat()
     return _with_gguf(_blank(model_id, path, status.st_size, status), path)
+
+
+def is_encoder(files: ModelFiles) -> bool:
+    """True for a model that makes embeddings or scores, and no text."""
+    return files.model_type in _ENCODER_TYPES and files.format == "mlx"
 
 
 def _blank(model_id: str, path: Path, size_bytes: int, status: os.stat_result) -> ModelFiles:

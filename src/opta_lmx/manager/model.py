@@ -20,7 +20,7 @@ from opta_lmx.manager.catalog import Listing, describe, describe_gguf, list_dire
 from opta_lmx.manager.gguf import GgufError
 from opta_lmx.manager.importing import IMPORT_VERSION, STAGING_SUFFIX, GgufImporter, discard
 from opta_lmx.manager.integrity import ModelsLock
-from opta_lmx.manager.starter import StarterModel, starter_files
+from opta_lmx.manager.starter import ENCODER_ID, StarterModel, encoder_directory, starter_files
 from opta_lmx.monitoring.logging import get_logger
 from opta_lmx.types import ModelFiles
 
@@ -45,6 +45,7 @@ class ModelManager:
     def __init__(self, config: ModelsConfig) -> None:
         self._root = config.directory
         self._starter = starter_files(config)
+        self._encoder = encoder_directory(config)
         self._importer = GgufImporter()
         self._lock = ModelsLock(self._root)
         self._models: dict[str, ModelFiles] = {}
@@ -76,6 +77,11 @@ class ModelManager:
         if self._starter is not None:
             with suppress(OSError, IntegrityMismatch):
                 self._add_starter(self._starter, models, origins)
+        if self._encoder is not None and ENCODER_ID not in models:
+            with suppress(OSError):
+                # Its files may be links into an installer's cache, wherever that is.
+                listing = list_directory(self._encoder, Path(self._encoder.anchor))
+                models[ENCODER_ID] = self._describe(ENCODER_ID, self._encoder, listing)
         self._models = dict(sorted(models.items()))
         self._origins = origins
         self._discard_left_overs()

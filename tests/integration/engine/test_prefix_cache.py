@@ -34,7 +34,9 @@ class Chat:
         self.engine.ask(id, prompt, boundaries=boundaries, max_tokens=_ANSWER)
         self.engine.run()
         report = self.engine.started[id]
-        assert self.tiny.model.computed == len(prompt) - 1 - report.hit_tokens + len(self.answer())
+        needed = len(prompt) - 1 - report.hit_tokens + len(self.answer())
+        # Greedy rows look ahead: the forward queued on the last token is computed in vain.
+        assert self.tiny.model.computed == needed + 1
         assert report.miss_at == report.hit_tokens
         assert self.engine.said(id) == alone(self.tiny, prompt, max_tokens=_ANSWER)
         return report.hit_tokens, report.cause
@@ -60,10 +62,10 @@ def test_a_conversation_reuses_what_was_said(tiny: Tiny, family: Family) -> None
     said = chat.answer()
     assert chat.ask(turn, _SYSTEM, history) == ((len(turn) - 1, "none") if plain else (history, "diverged"))
 
-    # The next turn begins with this one and its answer; its last token was never fed.
+    # The next turn begins with this one and its answer, all of which was fed.
     second = turn + said + model.prompt(_QUESTION, seed=2) + opening
     hit, _ = chat.ask(second, _SYSTEM, len(second) - _OPENING)
-    assert hit == len(turn) + len(said) - 1
+    assert hit == len(turn) + len(said)
 
     # A template that writes the opening otherwise once it is history parts from the first turn before the answer.
     third = turn[:history] + model.prompt(30, seed=3) + opening
@@ -99,7 +101,9 @@ def test_cold_requests_share_one_prefill(tiny: Tiny, family: Family) -> None:
     engine.run().assert_empty()
     assert [engine.started[id].hit_tokens for id in range(8)] == [0] + [_SYSTEM] * 7
     prefilled = model.model.computed - engine.generated
-    assert prefilled == _SYSTEM + sum(len(prompt) - _SYSTEM - 1 for prompt in prompts)
+    # Each looks ahead once in vain; plain models' own parts share forwards, padded to at most twice the shortest.
+    own = sum(len(prompt) - _SYSTEM - 1 for prompt in prompts)
+    assert _SYSTEM + own <= prefilled - len(prompts) < _SYSTEM + (2 * own if model.shape.plain else own + 1)
     assert [engine.said(id) for id in range(8)] == [alone(model, prompt, max_tokens=6) for prompt in prompts]
 
 

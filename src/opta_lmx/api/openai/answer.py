@@ -3,23 +3,30 @@
 Both count the same way and share their words for finish reasons, log-probabilities and usage.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
+from opta_lmx.api.openai.output import AnswerOutput, merged
+from opta_lmx.api.openai.tools import ToolUse
 from opta_lmx.api.openai.wire import (
+    AnswerCall,
     AnswerMessage,
     ChatCompletion,
     Choice,
     ChoiceLogprobs,
     CompletionDetails,
+    FunctionCall,
     PromptDetails,
     Usage,
 )
 from opta_lmx.inference.engine import Generation
+from opta_lmx.inference.output.events import CallArguments, CallStarted, OutputEvent, Reasoning, Text
 from opta_lmx.types import Delta, FinishReason, JsonObject, TokenLogprob
+
+FinishWord: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
 
 _FINISH: Final[dict[FinishReason, Literal["stop", "length"]]] = {
     FinishReason.STOP: "stop",
@@ -36,29 +43,42 @@ _DONE: Final = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True, slots=True)
 class AnswerHead:
-    """What an answer says of itself beside the model's words; ``created`` in seconds since 1970."""
+    """What an answer says of itself beside the model's words; ``created`` in seconds since 1970.
+
+    ``new_id`` gives the hex digits of a new id.
+    """
 
     id: str
     created: int
     choices: int
+    new_id: Callable[[], str]
+    use: ToolUse
     service_tier: str | None = None
     metadata: dict[str, str] | None = None
+
+    def new_call_id(self) -> str:
+        """An id by which a tool's result will name its call, as long as OpenAI's."""
+        return f"call_{self.new_id()[:24]}"
+
+    def finish_reason(self, finish: FinishReason, *, called: bool) -> FinishWord:
+        """OpenAI's word; an answer cut off inside a call has been cut off first of all."""
+        if called and finish is not FinishReason.LENGTH:
+            return "function_call" if self.use.legacy else "tool_calls"
+        return _FINISH[finish]
 
 
 @dataclass(slots=True)
 class _Piece:
     """What a run of deltas added to one choice."""
 
-    text: list[str] = field(default_factory=list)
+    events: list[OutputEvent] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason | None = None
 
-    def add(self, delta: Delta) -> None:
-        self.text.append(delta.text)
-        if delta.logprobs:
-            self.logprobs += delta.logprobs
-        if delta.finish is not None:
-            self.finish = delta.finish
+    def add(self, said: tuple[list[OutputEvent], list[TokenLogprob]], finish: FinishReason | None) -> None:
+        self.events += said[0]
+        self.logprobs += said[1]
+        self.finish = finish or self.finish
 
 
 class ChatAnswer:
@@ -68,23 +88,24 @@ class ChatAnswer:
         self._head = head
         self._generation = generation
         self._logprobs = logprobs
+        self._output = AnswerOutput(generation, head.use, head.choices)
         self._pieces = [_Piece() for _ in range(head.choices)]
-        self._completion_tokens = 0
 
     def add(self, deltas: Iterable[Delta]) -> None:
         """Takes one look's deltas."""
         for delta in deltas:
-            self._pieces[delta.choice].add(delta)
-            self._completion_tokens += delta.token_count
+            self._pieces[delta.choice].add(self._output.add(delta), delta.finish)
 
     def completion(self) -> ChatCompletion:
         """The whole answer, once the generation has ended."""
         choices = [
             Choice(
                 index=index,
-                message=AnswerMessage(content="".join(piece.text)),
+                message=_to_message(self._head, self._output.whole(index, piece.events)),
                 logprobs=ChoiceLogprobs.model_validate(_to_logprobs(piece.logprobs)) if self._logprobs else None,
-                finish_reason=_FINISH[piece.finish or FinishReason.STOP],
+                finish_reason=self._head.finish_reason(
+                    piece.finish or FinishReason.STOP, called=self._output.called(index)
+                ),
             )
             for index, piece in enumerate(self._pieces)
         ]
@@ -93,25 +114,50 @@ class ChatAnswer:
             created=self._head.created,
             model=self._generation.model_id,
             choices=choices,
-            usage=to_usage(self._generation, self._completion_tokens),
+            usage=to_usage(self._generation, self._output.completion_tokens, self._output.reasoning_tokens),
             service_tier=self._head.service_tier,
             metadata=self._head.metadata,
         )
 
 
+def _to_message(head: AnswerHead, events: Iterable[OutputEvent]) -> AnswerMessage:
+    content, reasoning = "", ""
+    calls: dict[int, AnswerCall] = {}
+    for event in merged(events):
+        match event:
+            case Text():
+                content += event.text
+            case Reasoning():
+                reasoning += event.text
+            case CallStarted():
+                function = FunctionCall(name=event.name, arguments="")
+                calls[event.index] = AnswerCall(id=head.new_call_id(), function=function)
+            case CallArguments():
+                calls[event.index].function.arguments += event.text
+    legacy = head.use.legacy
+    return AnswerMessage(
+        content=content or (None if calls else ""),
+        reasoning_content=reasoning or None,
+        reasoning=reasoning or None,
+        tool_calls=list(calls.values()) if calls and not legacy else None,
+        function_call=calls[0].function if calls and legacy else None,
+    )
+
+
 class ChatChunks:
     """Writes a generation as the events of a streamed chat completion: an ``sse.EventWriter``.
 
-    Role chunks first, one for each choice; then, for each look at the generation, at most one chunk of content and one
-    of finish for each choice; at the end the usage chunk if asked for, and [DONE]. Everything in a chunk but the new
-    text is encoded once.
+    Role chunks first, one for each choice; then, for each look at the generation, what it added to each choice: a chunk
+    for each run of content, of reasoning and of one call's arguments, one for each call's beginning, one of finish; at
+    the end the usage chunk if asked for, and [DONE]. Everything in a chunk but what is new is encoded once.
     """
 
     def __init__(self, head: AnswerHead, generation: Generation, *, include_usage: bool, logprobs: bool) -> None:
+        self._head = head
         self._generation = generation
         self._include_usage = include_usage
         self._logprobs = logprobs
-        self._completion_tokens = 0
+        self._output = AnswerOutput(generation, head.use, head.choices)
         # What all chunks have in common.
         self._common: JsonObject = {
             "id": head.id,
@@ -133,48 +179,69 @@ class ChatChunks:
 
     def write(self, deltas: Sequence[Delta]) -> bytes:
         """The chunks for one look's deltas; those of one choice are merged."""
-        self._completion_tokens += sum(delta.token_count for delta in deltas)
         if len(deltas) == 1 and deltas[0].finish is None and not self._logprobs:
             # The common case by far: one token of one choice.
-            delta = deltas[0]
-            return self._plain(delta.choice, delta.text) if delta.text else b""
-        return b"".join(self._chunks(deltas))
+            events, _ = self._output.add(deltas[0])
+            return b"".join(self._event(deltas[0].choice, event) for event in events)
+        pieces: dict[int, _Piece] = {}
+        for delta in deltas:
+            pieces.setdefault(delta.choice, _Piece()).add(self._output.add(delta), delta.finish)
+        return b"".join(chunk for choice, piece in pieces.items() for chunk in self._chunks(choice, piece))
 
     def end(self) -> bytes:
         """The usage chunk, if asked for, and [DONE]."""
         if not self._include_usage:
             return _DONE
-        usage = to_usage(self._generation, self._completion_tokens).model_dump()
+        usage = to_usage(self._generation, self._output.completion_tokens, self._output.reasoning_tokens).model_dump()
         return _encode(self._common | {"choices": [], "usage": usage}) + b"\n\n" + _DONE
 
-    def _chunks(self, deltas: Iterable[Delta]) -> Iterator[bytes]:
-        pieces: dict[int, _Piece] = {}
-        for delta in deltas:
-            pieces.setdefault(delta.choice, _Piece()).add(delta)
-        for choice, piece in pieces.items():
-            text = "".join(piece.text)
-            if self._logprobs and piece.logprobs:
-                content, logprobs = msgspec.json.encode(text), msgspec.json.encode(_to_logprobs(piece.logprobs))
-                middle = b'},"logprobs":' + logprobs + b',"finish_reason":null'
-                yield self._before_text[choice] + content + middle + self._after
-            elif text:
-                yield self._plain(choice, text)
-            if piece.finish is not None:
-                finish = b'{},"logprobs":null,"finish_reason":"%b"' % _FINISH[piece.finish].encode()
-                yield self._before[choice] + finish + self._after
+    def _chunks(self, choice: int, piece: _Piece) -> Iterator[bytes]:
+        logprobs = piece.logprobs if self._logprobs else []
+        for event in merged(piece.events):
+            if logprobs and isinstance(event, Text):
+                yield self._with_logprobs(choice, event.text, logprobs)
+                logprobs = []
+            else:
+                yield self._event(choice, event)
+        if logprobs:
+            # Their text is held back; they need not wait for it.
+            yield self._with_logprobs(choice, "", logprobs)
+        if piece.finish is not None:
+            word = self._head.finish_reason(piece.finish, called=self._output.called(choice))
+            yield self._before[choice] + b'{},"logprobs":null,"finish_reason":"%b"' % word.encode() + self._after
 
-    def _plain(self, choice: int, text: str) -> bytes:
-        return self._before_text[choice] + msgspec.json.encode(text) + self._after_text
+    def _with_logprobs(self, choice: int, text: str, logprobs: Iterable[TokenLogprob]) -> bytes:
+        content = msgspec.json.encode(text) + b'},"logprobs":' + msgspec.json.encode(_to_logprobs(logprobs))
+        return self._before_text[choice] + content + b',"finish_reason":null' + self._after
+
+    def _event(self, choice: int, event: OutputEvent) -> bytes:
+        if isinstance(event, Text):
+            return self._before_text[choice] + msgspec.json.encode(event.text) + self._after_text
+        return self._before[choice] + msgspec.json.encode(_to_delta(self._head, event)) + self._goes_on
 
 
-def to_usage(generation: Generation, completion_tokens: int) -> Usage:
+def _to_delta(head: AnswerHead, event: Reasoning | CallStarted | CallArguments) -> JsonObject:
+    """OpenAI's ``delta``: a call's name and id are told once, its arguments in pieces."""
+    if isinstance(event, Reasoning):
+        return {"reasoning_content": event.text, "reasoning": event.text}
+    named: JsonObject = {}
+    if isinstance(event, CallStarted):
+        named, function = {"id": head.new_call_id(), "type": "function"}, {"name": event.name, "arguments": ""}
+    else:
+        function = {"arguments": event.text}
+    if head.use.legacy:
+        return {"function_call": function}
+    return {"tool_calls": [{"index": event.index, **named, "function": function}]}
+
+
+def to_usage(generation: Generation, completion_tokens: int, reasoning_tokens: int = 0) -> Usage:
     """OpenAI's count of tokens; ``completion_tokens`` covers all choices, cached tokens are part of the prompt's."""
     return Usage(
         prompt_tokens=generation.prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=generation.prompt_tokens + completion_tokens,
         prompt_tokens_details=PromptDetails(cached_tokens=generation.cache.hit_tokens),
-        completion_tokens_details=CompletionDetails(),
+        completion_tokens_details=CompletionDetails(reasoning_tokens=reasoning_tokens),
     )
 
 

@@ -10,6 +10,7 @@ from opta_lmx.api.disconnect import generating
 from opta_lmx.api.openai.answer import AnswerHead, ChatAnswer, ChatChunks
 from opta_lmx.api.openai.messages import to_template_messages
 from opta_lmx.api.openai.structured import to_structured
+from opta_lmx.api.openai.tools import ToolUse, to_tool_use
 from opta_lmx.api.openai.wire import ChatCompletion, ChatRequest
 from opta_lmx.api.openapi import request_body
 from opta_lmx.api.parsing import read_object
@@ -33,6 +34,7 @@ _SAME: Final = (
     "presence_penalty",
     "min_tokens",
     "ignore_eos",
+    "thinking_budget",
 )
 
 # Not variables of a template but arguments of the function that renders one: a client must not choose the template
@@ -71,8 +73,9 @@ async def create_chat_completion(request: Request) -> Response:
         raise InvalidRequest("you must provide a model parameter")
     chat = validate(ChatRequest, body)
     services: Services = request.app.state.services
-    wanted = to_generate_request(chat, request.state.request_id, services.engine.preset(chat.model))
-    head, logprobs = _head(chat, request), bool(chat.logprobs)
+    use = to_tool_use(chat)
+    wanted = to_generate_request(chat, request.state.request_id, services.engine.preset(chat.model), use=use)
+    head, logprobs = _head(chat, use, request), bool(chat.logprobs)
     writer = partial(ChatChunks, head, include_usage=_include_usage(chat), logprobs=logprobs)
     if chat.stream:
         return EventStream(services.engine, wanted, writer)
@@ -84,11 +87,14 @@ async def create_chat_completion(request: Request) -> Response:
     return Response(content, headers=cache_header(generation.cache), media_type="application/json")
 
 
-def to_generate_request(chat: ChatRequest, request_id: str, preset: Preset | None = None) -> GenerateRequest:
-    """The request without OpenAI, its gaps filled from ``preset``.
+def to_generate_request(
+    chat: ChatRequest, request_id: str, preset: Preset | None = None, *, use: ToolUse | None = None
+) -> GenerateRequest:
+    """The request without OpenAI, its gaps filled from ``preset``; ``use`` None: it is not known yet how it uses tools.
 
     Raises InvalidRequest or UnsupportedParameter naming what cannot be honoured.
     """
+    use = use or to_tool_use(chat)
     _refuse_unsupported(chat)
     messages, variables = to_template_messages(chat.messages), _template_kwargs(chat)
     if preset is not None:
@@ -99,9 +105,9 @@ def to_generate_request(chat: ChatRequest, request_id: str, preset: Preset | Non
     return GenerateRequest(
         request_id=request_id,
         model=chat.model,
-        prompt=ChatPrompt(messages, template_kwargs=variables),
+        prompt=ChatPrompt(messages, [tool.shown for tool in use.shown] or None, variables),
         sampling=_sampling(chat),
-        structured=to_structured(chat),
+        structured=use.grammar() or to_structured(chat, or_call=bool(use.tools)),
         context_length=preset.context_length if preset is not None else None,
     )
 
@@ -120,13 +126,7 @@ def _filled(chat: ChatRequest, preset: Preset) -> ChatRequest:
 
 
 def _refuse_unsupported(chat: ChatRequest) -> None:
-    """What is understood but not served: tool calls, and output that is not text."""
-    for name, choice in (("tools", chat.tool_choice), ("functions", chat.function_call)):
-        if getattr(chat, name) and choice != "none":
-            raise UnsupportedParameter(f"{name!r} is not supported.", param=name)
-    for name in ("tool_choice", "function_call"):
-        if getattr(chat, name) not in (None, "none", "auto"):
-            raise UnsupportedParameter(f"{name!r} is not supported.", param=name)
+    """What is understood but not served: output that is not text."""
     for modality in chat.modalities or ():
         if modality not in ("text", "audio"):
             raise wrong_value("modalities", modality, "'text' and 'audio'")
@@ -193,7 +193,11 @@ def _template_kwargs(chat: ChatRequest) -> JsonObject:
         if name in _NOT_VARIABLES:
             param = f"chat_template_kwargs.{name}"
             raise UnsupportedParameter(f"{name!r} cannot be set by a request.", param=param)
-    return given if chat.reasoning_effort is None else {"reasoning_effort": chat.reasoning_effort, **given}
+    if chat.reasoning_effort is None:
+        return given
+    # Templates that know no degrees of thinking have a switch for it.
+    switch = {"enable_thinking": False} if chat.reasoning_effort == "none" else {}
+    return {"reasoning_effort": chat.reasoning_effort, **switch, **given}
 
 
 def _include_usage(chat: ChatRequest) -> bool:
@@ -208,11 +212,13 @@ def _include_usage(chat: ChatRequest) -> bool:
     return bool(chat.stream_options.include_usage)
 
 
-def _head(chat: ChatRequest, request: Request) -> AnswerHead:
+def _head(chat: ChatRequest, use: ToolUse, request: Request) -> AnswerHead:
     return AnswerHead(
         id=f"chatcmpl-{request.app.state.new_id()}",
         created=int(request.app.state.wall()),
         choices=chat.n or SamplingParams().n,
+        new_id=request.app.state.new_id,
+        use=use,
         # The one tier there is.
         service_tier=None if chat.service_tier is None else "default",
         metadata=chat.metadata,

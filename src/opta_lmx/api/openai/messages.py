@@ -11,8 +11,14 @@ from opta_lmx.types import JsonObject
 _MEDIA = {"image_url": "images", "input_audio": "audio", "file": "files", "video_url": "videos"}
 
 
+_ROLES = {"developer": "system", "function": "tool"}
+
+
 def to_template_messages(messages: Sequence[Message]) -> list[JsonObject]:
-    """One dict for each message, ``content`` always a string, ``developer`` turned into ``system``, nulls left out.
+    """One dict for each message, ``content`` always a string, nulls left out, OpenAI's old and rare words replaced.
+
+    ``developer`` becomes ``system``, a ``function_call`` and its ``function`` message a tool call and its result;
+    ``reasoning`` is told as ``reasoning_content``, as templates know it.
 
     Raises InvalidRequest for a missing or unknown part of a message, UnsupportedParameter for images, audio and files.
     """
@@ -32,9 +38,16 @@ def _to_template_message(message: Message, param: str) -> JsonObject:
         text = "\n".join(_text_of(part, f"{param}.content[{index}]") for index, part in enumerate(message.content))
     else:
         text = message.content or ""
-    role = "system" if message.role == "developer" else message.role
-    rest = message.model_dump(exclude={"role", "content"}, exclude_none=True)
-    return {"role": role, "content": text, **rest}
+    rest = message.model_dump(exclude={"role", "content", "function_call"}, exclude_none=True)
+    if message.function_call is not None and message.tool_calls is None:
+        # In the old form a call has no id but its name.
+        function = message.function_call
+        rest["tool_calls"] = [{"id": function.name, "type": "function", "function": function.model_dump()}]
+    if message.role == "function":
+        rest.setdefault("tool_call_id", message.name)
+    if "reasoning" in rest:
+        rest.setdefault("reasoning_content", rest["reasoning"])
+    return {"role": _ROLES.get(message.role, message.role), "content": text, **rest}
 
 
 def _text_of(part: ContentPart, param: str) -> str:

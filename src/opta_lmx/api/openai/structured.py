@@ -4,19 +4,24 @@ OpenAI's ``response_format``, and vLLM's ``structured_outputs`` for the forms Op
 or a pattern can be used is found by its compiler, in the worker.
 """
 
+import msgspec
+
 from opta_lmx.api.openai.wire import ChatRequest
 from opta_lmx.api.validation import missing
 from opta_lmx.errors import InvalidRequest
 from opta_lmx.types import Structured
 
 
-def to_structured(chat: ChatRequest) -> Structured | None:
-    """The grammar the answer must follow, None for free text; raises InvalidRequest if two were given."""
+def to_structured(chat: ChatRequest, *, or_call: bool = False) -> Structured | None:
+    """The grammar the answer must follow, None for free text; raises InvalidRequest if two were given.
+
+    ``or_call``: the model may call a tool in place of answering.
+    """
     wanted = [form for form in (_format(chat), *_outputs(chat)) if form is not None]
     if len(wanted) > 1:
         names = " and ".join(repr(form.field) for form in wanted)
         raise InvalidRequest(f"Only one form of answer can be asked for, but got {names}.", param=wanted[1].field)
-    return wanted[0] if wanted else None
+    return msgspec.structs.replace(wanted[0], or_call=or_call) if wanted else None
 
 
 def _format(chat: ChatRequest) -> Structured | None:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 # The same choices at once would be a batch of their own; OpenAI's 128 is meant for another scale of machine.
 MAX_CHOICES = 16
 
+MAX_TOOLS = 128
+
 _MAX_INT32 = 2**31 - 1
 _MAX_INT64 = 2**63 - 1
 
@@ -46,9 +48,7 @@ Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
 Divisor: TypeAlias = Annotated[float, Field(gt=0, le=10)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
-WordOrObject: TypeAlias = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[dict[str, Any], Tag("<object>")], _either("a string or an object")
-]
+FunctionName: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 LogitBias: TypeAlias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=10_000)]
 Metadata: TypeAlias = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -106,6 +106,50 @@ class Message(Wire):
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     function_call: FunctionCall | None = None
+
+
+class FunctionTool(Wire):
+    """A function the model may call; ``parameters`` is a JSON Schema, checked in ``tools.py``."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: Any = None
+    strict: bool | None = None
+
+
+class Tool(Wire):
+    """A tool the model may call; ``custom`` ones are refused by name."""
+
+    type: Literal["function", "custom"]
+    function: FunctionTool | None = None
+
+
+class NamedFunction(Wire):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(Wire):
+    """A tool by its name."""
+
+    type: Literal["function", "custom"]
+    function: NamedFunction | None = None
+
+
+class AllowedTools(Wire):
+    """The tools that may be called, of those in ``tools``."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(fail_fast=True, min_length=1, max_length=MAX_TOOLS)]
+
+
+class ToolChoice(Wire):
+    """Which tool must be called, or which may be."""
+
+    type: Literal["function", "custom", "allowed_tools"]
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
 
 
 class StreamOptions(Wire):
@@ -178,10 +222,24 @@ class ChatRequest(Wire):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
-    tool_choice: WordOrObject | None = None
-    functions: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
-    function_call: WordOrObject | None = None
+    thinking_budget: Count | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["none", "auto", "required"], Tag("<string>")] | Annotated[ToolChoice, Tag("<object>")],
+            _either("a string or an object"),
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    function_call: (
+        Annotated[
+            Annotated[Literal["none", "auto"], Tag("<string>")] | Annotated[NamedFunction, Tag("<object>")],
+            _either("a string or an object"),
+        ]
+        | None
+    ) = None
     modalities: Annotated[list[str], Field(fail_fast=True)] | None = None
     audio: dict[str, Any] | None = None
     metadata: Metadata | None = None
@@ -214,13 +272,32 @@ class ChoiceLogprobs(Wire):
     refusal: list[Logprob] | None = None
 
 
+class AnswerCall(Wire):
+    """A call of a tool; ``arguments`` is a text of JSON, as the model wrote it."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+def _left_out(value: object) -> bool:
+    return value is None
+
+
 class AnswerMessage(Wire):
-    """What the model said."""
+    """What the model said. ``content`` is null where it only called tools; keys without a value are left out.
+
+    Reasoning stands under both names in use.
+    """
 
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: str | None = None
     annotations: list[Any] = []
+    reasoning_content: str | None = Field(default=None, exclude_if=_left_out)
+    reasoning: str | None = Field(default=None, exclude_if=_left_out)
+    tool_calls: list[AnswerCall] | None = Field(default=None, exclude_if=_left_out)
+    function_call: FunctionCall | None = Field(default=None, exclude_if=_left_out)
 
 
 class Choice(Wire):

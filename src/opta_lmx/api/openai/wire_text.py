@@ -7,7 +7,7 @@ is ``Any`` to pydantic and is read by ``read_inputs``, whose errors name the ite
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import Discriminator, Field, Tag, WithJsonSchema
 
 from opta_lmx.api.openai.wire import (
     MAX_CHOICES,
@@ -82,12 +82,14 @@ def _read_input(item: object, param: str) -> TextPrompt | TokenPrompt:
 
 def _is_token(value: object) -> bool:
     """5.0 is the integer 5, as everywhere in a request."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _token_ids(items: Sequence[Any], param: str) -> list[int]:
     for at, item in enumerate(items):
-        if not _is_token(item) or item != int(item):
+        if not _is_token(item):
             raise wrong_type(f"{param}[{at}]", "a token id", item)
         if not 0 <= item <= _MAX_INT32:
             raise InvalidRequest(f"Invalid token id {int(item)}.", param=f"{param}[{at}]", code="invalid_value")
@@ -111,9 +113,11 @@ def _too_many(param: str, items: Sequence[Any]) -> InvalidRequest:
     )
 
 
-def _listed(value: object) -> object:
-    """One stop text is a list of one."""
-    return [value] if isinstance(value, str) else value
+def _shape(value: object) -> str | None:
+    """Which form of ``stop`` the client wrote, so that an error is about that one."""
+    if isinstance(value, str):
+        return "<string>"
+    return "<array>" if isinstance(value, list) else None
 
 
 # -- completions --------------------------------------------------------------------------------------
@@ -138,9 +142,10 @@ class CompletionRequest(Wire):
     logprobs: Annotated[Integer, Field(ge=0, le=5)] | None = None
     stop: (
         Annotated[
-            list[Text],
-            Field(max_length=4),
-            BeforeValidator(_listed, json_schema_input_type=Annotated[list[Text], Field(max_length=4)] | Text),
+            Annotated[Text, Tag("<string>")] | Annotated[list[Text], Field(max_length=4), Tag("<array>")],
+            Discriminator(
+                _shape, custom_error_type="invalid_type", custom_error_message="a string or an array of strings"
+            ),
         ]
         | None
     ) = None

@@ -18,11 +18,13 @@ from typing import Literal, NoReturn
 
 from opta_lmx.errors import ContextTooLong, LoadFailed, RequestRejected, UnsupportedParameter
 from opta_lmx.inference import protocol
-from opta_lmx.inference.worker.backend import Backend, Prepared
+from opta_lmx.inference.worker.backend import Backend, EncoderBackend, Prepared, PreparedInputs
 
 _READ_BYTES = 1 << 16
 
-Inbox = queue.SimpleQueue[protocol.Load | Prepared | protocol.Cancel | protocol.KvGrant | protocol.Stop]
+Inbox = queue.SimpleQueue[
+    protocol.Load | Prepared | PreparedInputs | protocol.Cancel | protocol.KvGrant | protocol.Stop
+]
 
 
 class Pipe:
@@ -67,7 +69,7 @@ class Worker:
         try:
             while True:
                 for frame in self._pipe.receive():
-                    if isinstance(frame, protocol.Generate):
+                    if isinstance(frame, protocol.Generate | protocol.Embed | protocol.Rank):
                         self._prepare(frame)
                     else:
                         self._inbox.put(frame)
@@ -86,7 +88,7 @@ class Worker:
             result = self._backend.step()
             self._steps += 1
             running, waiting = self._backend.running()
-            frames: list[protocol.FromWorker] = [*result.started, *result.failed, *result.refused]
+            frames: list[protocol.FromWorker] = [*result.started, *result.failed, *result.refused, *result.answers]
             if result.wants_kv_bytes is not None:
                 frames.append(protocol.KvWant(result.wants_kv_bytes))
             if result.deltas:
@@ -98,6 +100,8 @@ class Worker:
 
     def _load(self, frame: protocol.Load) -> bool:
         started = time.monotonic()
+        if frame.embeds:
+            self._backend = make_encoder_backend()
         try:
             facts = self._backend.load(frame)
         except LoadFailed as error:
@@ -106,9 +110,9 @@ class Worker:
         self._pipe.send(protocol.Ready(facts, time.monotonic() - started, self._backend.memory()[0]))
         return True
 
-    def _prepare(self, frame: protocol.Generate) -> None:
+    def _prepare(self, frame: protocol.Generate | protocol.Embed | protocol.Rank) -> None:
         try:
-            self._inbox.put(self._backend.prepare(frame))
+            self._inbox.put(self._prepared(frame))
         except ContextTooLong as error:
             self._pipe.send(
                 protocol.Refused(
@@ -120,6 +124,13 @@ class Worker:
             kind = "unsupported" if isinstance(error, UnsupportedParameter) else "invalid"
             self._pipe.send(protocol.Refused(frame.id, kind, str(error), error.param, error.code))
 
+    def _prepared(self, frame: protocol.Generate | protocol.Embed | protocol.Rank) -> Prepared | PreparedInputs:
+        if isinstance(frame, protocol.Generate):
+            return self._backend.prepare(frame)
+        if isinstance(self._backend, EncoderBackend):
+            return self._backend.prepare_inputs(frame)
+        raise UnsupportedParameter("This model writes text and makes no embeddings.", param="model")
+
     def _drain(self) -> bool:
         """Take what has arrived, waiting for it if there is no work; False after Stop."""
         block = not self._backend.has_work()
@@ -130,6 +141,8 @@ class Worker:
                 return True
             if isinstance(frame, Prepared):
                 self._backend.add(frame)
+            elif isinstance(frame, PreparedInputs) and isinstance(self._backend, EncoderBackend):
+                self._backend.add_inputs(frame)
             elif isinstance(frame, protocol.Cancel):
                 self._backend.cancel(frame.id)
             elif isinstance(frame, protocol.KvGrant):
@@ -154,6 +167,13 @@ def make_backend(echo: bool) -> Backend:
     from opta_lmx.inference.worker.vllm_backend import VllmBackend
 
     return VllmBackend()
+
+
+def make_encoder_backend() -> Backend:
+    """Made at its Load: until then a worker does not know that its model is an encoder."""
+    from opta_lmx.inference.worker.embedding_backend import EmbeddingBackend
+
+    return EmbeddingBackend()
 
 
 def main() -> NoReturn:

@@ -6,9 +6,9 @@ thread that also called ``load``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from opta_lmx.inference.protocol import Failed, Generate, Load, Refused, Started
+from opta_lmx.inference.protocol import Embed, Embedded, Failed, Generate, Load, Rank, Ranked, Refused, Started
 from opta_lmx.types import Delta, ModelFacts, SamplingParams
 
 
@@ -25,6 +25,8 @@ class Prepared:
     grammar: Any = None
     # Prompt positions where a later prompt is likely to part from this one (end of system, end of history).
     boundaries: tuple[int, ...] = ()
+    # The prompt ends inside a block of reasoning that the template opened.
+    in_reasoning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class StepResult:
     refused: Sequence[Refused] = ()
     # Bytes of KV cache to ask the server for.
     wants_kv_bytes: int | None = None
+    # What an encoder made.
+    answers: Sequence[Embedded | Ranked] = ()
 
 
 class Backend(Protocol):
@@ -76,4 +80,25 @@ class Backend(Protocol):
 
     def memory(self) -> tuple[int, int]:
         """Bytes live in the backend, and bytes its prefix cache holds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedInputs:
+    """A request to an encoder that was checked and tokenised; ``rows`` are in the encoder's own terms."""
+
+    frame: Embed | Rank
+    rows: Sequence[Any]
+
+
+@runtime_checkable
+class EncoderBackend(Backend, Protocol):
+    """One encoder and its requests; what Backend says of threads holds here too."""
+
+    def prepare_inputs(self, frame: Embed | Rank) -> PreparedInputs:
+        """Tokenise and check a request; raises RequestRejected. Reads only what ``load`` made."""
+        ...
+
+    def add_inputs(self, request: PreparedInputs) -> None:
+        """Put a request in line."""
         ...

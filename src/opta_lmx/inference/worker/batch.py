@@ -23,9 +23,10 @@ Caches = list[Any]  # one mlx-lm cache object a layer
 class DecodeBatch:
     """Rows stand in the order of ``sequences``; newcomers enter at the next forward, at the end.
 
-    ``sampler`` decides how a step runs. With HostLaunch a forward is launched once the tokens before it are known.
-    With DeviceLaunch the next forward is queued on tokens nobody has seen yet (a row that turns out to have ended
-    costs one wasted row); while any row has processors, which must learn each token first, HostLaunch stands in.
+    How a step runs depends on its rows. Greedy ones, and sampled ones where ``sampler`` is DeviceLaunch, choose on the
+    device: the next forward is queued on tokens nobody has seen yet (a row that turns out to have ended was computed in
+    vain). Rows with processors, which must learn each token first, and sampled ones where ``sampler`` is HostLaunch
+    make the batch wait for the tokens before the next forward.
     """
 
     def __init__(
@@ -117,8 +118,7 @@ class DecodeBatch:
 
     def _forward(self, inputs: mx.array) -> None:
         logits = self._model(inputs[:, None], cache=self._cache)[:, -1, :]
-        sampler = HostLaunch if self._table.processed else self._sampler
-        self._launched = sampler(logits, self._table)
+        self._launched = self._launch()(logits, self._table)
         prepare_processors(self._table)
         self._inputs = []
         self._steps += 1
@@ -132,6 +132,11 @@ class DecodeBatch:
                     if padding is not None
                 ]
             )
+
+    def _launch(self) -> type[HostLaunch] | type[DeviceLaunch]:
+        if self._table.processed:
+            return HostLaunch
+        return self._sampler if len(self._table.sampled) else DeviceLaunch
 
     def _admit(self) -> list[int]:
         """Merge the newcomers into the joint cache; their first input tokens."""

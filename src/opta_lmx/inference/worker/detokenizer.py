@@ -6,7 +6,7 @@ decoded by that map; any other by the tokenizer's own decoder over a sliding win
 
 import codecs
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 _SPACE_MARK = "\u2581"  # SentencePiece's stand-in for a space
@@ -24,12 +24,13 @@ def byte_level_alphabet() -> dict[str, int]:
 class TokenTable:
     """What each token id stands for. One per loaded model; read by the owner thread only."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """``tokenizer`` is a transformers fast tokenizer."""
+    def __init__(self, tokenizer: Any, keep: Set[str] = frozenset()) -> None:
+        """``tokenizer`` is a transformers fast tokenizer; ``keep`` are control tokens that are text all the same."""
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         added = tokenizer.added_tokens_decoder
-        self._special = {id for id, token in added.items() if token.special}
+        self._special = {id for id, token in added.items() if token.special and token.content not in keep}
+        self._keeps = any(token.special and token.content in keep for token in added.values())
         self._added = {id: token.content for id, token in added.items()}
         self._pieces: dict[int, bytes] = {}
         self._to_bytes, self.strips_first_space = _byte_rule(self._backend)
@@ -52,7 +53,9 @@ class TokenTable:
 
     def decode(self, tokens: list[int]) -> str:
         """Text of a run of tokens by the tokenizer's own decoder, special ones left out."""
-        text: str = self._backend.decode(tokens, skip_special_tokens=True)
+        if self._keeps:
+            tokens = [token for token in tokens if token not in self._special]
+        text: str = self._backend.decode(tokens, skip_special_tokens=not self._keeps)
         return text
 
     def _find(self, token: int) -> bytes:

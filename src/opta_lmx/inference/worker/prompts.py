@@ -1,11 +1,20 @@
 """A request's prompt as token ids: the model's chat template, the tokenizer, and the checks on both."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from opta_lmx.errors import ContextTooLong, InvalidRequest, UnsupportedParameter
-from opta_lmx.types import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from opta_lmx.inference.worker.histories import histories
+from opta_lmx.types import ChatPrompt, JsonObject, Prompt, TextPrompt, TokenPrompt
+
+# What a template can fail with over messages or variables it was not written for; transformers renders it in jinja2's
+# sandbox. A request cannot make one run for ever: its loops go over what the request holds, and it is the model's own.
+_TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+# Of a template's complaint; it may quote what it was given.
+_MOST_CHARACTERS = 300
 
 
 class PromptReader:
@@ -16,8 +25,11 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
 
-    def read(self, prompt: Prompt, context_length: int) -> list[int]:
-        """Token ids, at least one and fewer than the context; raises RequestRejected with the field at fault."""
+    def read(self, prompt: Prompt, context_length: int, opening: Sequence[int] = ()) -> list[int]:
+        """Token ids, at least one and fewer than the context; raises RequestRejected with the field at fault.
+
+        ``opening`` are tokens with which the answer is made to begin.
+        """
         if isinstance(prompt, ChatPrompt):
             field, ids = "messages", self._chat(prompt)
         elif isinstance(prompt, TextPrompt):
@@ -26,6 +38,7 @@ class PromptReader:
             field, ids = "prompt", self._tokens(prompt)
         if not ids:
             ids = self._opening()
+        ids += opening
         if len(ids) >= context_length:
             raise ContextTooLong(len(ids), context_length, param=field)
         return ids
@@ -36,23 +49,31 @@ class PromptReader:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def render(self, prompt: ChatPrompt, *, generation_prompt: bool = True) -> str:
-        """The conversation as the model's template writes it."""
+        """The conversation as the model's template writes it; one it does not take is brought into other forms."""
         if not self._tokenizer.chat_template:
             raise UnsupportedParameter(
                 "This model has no chat template. Use POST /v1/completions with a prompt instead.", param="messages"
             )
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                prompt.messages,
-                tools=prompt.tools,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                **prompt.template_kwargs,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise InvalidRequest(
-                f"The model's chat template does not accept these messages: {error}", param="messages"
-            ) from error
+        fault: Exception | None = None
+        for messages in histories(prompt.messages):
+            try:
+                return self._apply_template(messages, prompt, generation_prompt=generation_prompt)
+            except _TEMPLATE_FAULTS as error:
+                # What it says of the client's own messages tells the client most.
+                fault = fault or error
+        reason = " ".join(str(fault).split())[:_MOST_CHARACTERS]
+        raise InvalidRequest(
+            f"The model's chat template does not accept these messages: {reason}", param="messages"
+        ) from fault
+
+    def _apply_template(self, messages: list[JsonObject], prompt: ChatPrompt, *, generation_prompt: bool) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            messages,
+            tools=prompt.tools,
+            add_generation_prompt=generation_prompt,
+            tokenize=False,
+            **prompt.template_kwargs,
+        )
         return text
 
     def boundaries(self, prompt: Prompt, ids: list[int]) -> tuple[int, ...]:
@@ -82,7 +103,7 @@ class PromptReader:
                     param=f"prompt[{at}]",
                     code="invalid_value",
                 )
-        return prompt.token_ids
+        return list(prompt.token_ids)
 
     def _opening(self) -> list[int]:
         """An empty prompt begins where the model's texts begin."""

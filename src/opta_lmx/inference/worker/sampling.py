@@ -1,9 +1,9 @@
 """Choosing the next token of every row at once.
 
 Order: processors (bias, penalties, grammar) on the logits, then temperature, then top-k, then top-p of what top-k left;
-min-p cuts what is less likely than that share of the likeliest token. Tokens rank by probability, equals by id. A row
-draws one uniform number a token from its own generator, so that its choices depend on its seed and its logits and on
-nothing else in the batch.
+min-p cuts what is less likely than that share of the likeliest token. Of equals at the edge the lower ids stay. A row
+draws one uniform number a token from its own generator and looks it up in the distribution of what is left, in the
+order of ids: its choices depend on its seed and its logits and on nothing else in the batch.
 
 Two ways with the same rule: ``HostLaunch`` (numpy; for MLX's CPU backend, whose exp and sort are 20 to 40 times
 slower than numpy's) and ``DeviceLaunch`` (MLX; the choice stays on the GPU, so that the next forward can be queued
@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
 
-# Candidates kept by a partial selection before the exact rule looks at them; a row whose nucleus is wider is sorted.
-_CANDIDATES = 64
+# The largest weights that are looked at first, found by a partial selection; if some row keeps all, all are sorted.
+_CANDIDATES = 512
 # 1 / temperature from where on only the likeliest tokens are left in float32; beyond about 1e38 it would overflow.
 _STEEPEST = 1e30
 # Stands for the token of a row whose logits are not numbers: damaged weights, or an overflow in the model.
@@ -90,11 +90,17 @@ class RowTable:
         chosen = [self.rows[i] for i in self.sampled]
         self.scale = np.array([[min(1.0 / row.temperature, _STEEPEST)] for row in chosen], dtype=np.float32)
         self.truncated = np.array([i for i, row in enumerate(chosen) if row.truncates], dtype=np.intp)
-        self.whole = np.array([i for i, row in enumerate(chosen) if not row.truncates], dtype=np.intp)
         self.top_k = np.array([row.top_k or np.iinfo(np.int64).max for row in chosen], dtype=np.int64)
         self.top_p = np.array([row.top_p for row in chosen], dtype=np.float64)
         self.min_p = np.array([row.min_p for row in chosen], dtype=np.float64)
+        self._scratch: Logits | None = None
         self.processed = [i for i, row in enumerate(self.rows) if row.processors]
+
+    def scratch(self, shape: tuple[int, ...]) -> Logits:
+        """Memory for one step's weights; its content is undefined."""
+        if self._scratch is None or self._scratch.shape != shape:
+            self._scratch = np.empty(shape, dtype=np.float32)
+        return self._scratch
 
     def draws(self) -> npt.NDArray[np.float64]:
         """One uniform number in [0, 1) for each sampled row."""
@@ -172,18 +178,21 @@ class HostLaunch:
 
 def _sample(logits: Logits, table: RowTable) -> npt.NDArray[np.intp]:
     """``logits`` holds the sampled rows only."""
-    weights = logits - logits.max(axis=-1, keepdims=True)
+    # In memory that is kept: a fresh array of this size would be mapped, and paged in, at every step.
+    weights = np.subtract(logits, logits.max(axis=-1, keepdims=True), out=table.scratch(logits.shape))
     weights *= table.scale
     np.exp(weights, out=weights)  # unnormalised probabilities; the largest of each row is 1
     draws = table.draws()
     if not len(table.truncated):
         return _draw(weights, draws)
-    tokens = np.empty(len(weights), dtype=np.intp)
-    if len(table.whole):
-        tokens[table.whole] = _draw(weights[table.whole], draws[table.whole])
     cut = table.truncated
-    tokens[cut] = _draw_truncated(weights[cut], draws[cut], table.top_k[cut], table.top_p[cut], table.min_p[cut])
-    return tokens
+    if len(cut) == len(weights):
+        _cut(weights, table.top_k, table.top_p, table.min_p)
+    else:
+        rows = weights[cut]
+        _cut(rows, table.top_k[cut], table.top_p[cut], table.min_p[cut])
+        weights[cut] = rows
+    return _draw(weights, draws)
 
 
 def _draw(weights: Logits, draws: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
@@ -206,43 +215,36 @@ def _draw(weights: Logits, draws: npt.NDArray[np.float64]) -> npt.NDArray[np.int
     return chosen
 
 
-def _draw_truncated(
-    weights: Logits,
-    draws: npt.NDArray[np.float64],
-    top_k: npt.NDArray[np.int64],
-    top_p: npt.NDArray[np.float64],
-    min_p: npt.NDArray[np.float64],
-) -> npt.NDArray[np.intp]:
-    """As ``_draw``, from each row's top-k, top-p and min-p set. Exact: a set wider than the candidates is sorted."""
-    rows, size = weights.shape
-    width = min(size, max(_CANDIDATES, int(top_k[top_k < size].max(initial=0))))
+def _cut(
+    weights: Logits, top_k: npt.NDArray[np.int64], top_p: npt.NDArray[np.float64], min_p: npt.NDArray[np.float64]
+) -> None:
+    """Set every weight outside each row's top-k, top-p and min-p set to 0, in place."""
+    threshold, count = _thresholds(weights, top_k, top_p, min_p)
+    kept = weights >= threshold[:, None]
+    surplus = kept.sum(axis=-1) - count
+    for row in np.flatnonzero(surplus):
+        equals = np.flatnonzero(weights[row] == threshold[row])
+        kept[row, equals[-surplus[row] :]] = False
+    weights *= kept
+
+
+def _thresholds(
+    weights: Logits, top_k: npt.NDArray[np.int64], top_p: npt.NDArray[np.float64], min_p: npt.NDArray[np.float64]
+) -> tuple[Logits, npt.NDArray[np.intp]]:
+    """The smallest weight each row keeps, and how many it keeps; a set wider than the candidates is found by a sort."""
+    size = weights.shape[-1]
+    width = min(size, max(_CANDIDATES, int(top_k[top_k < size].max(initial=0)) + 1))
     while True:
-        order = _descending(weights, width)
-        best = np.take_along_axis(weights, order, axis=-1).astype(np.float64)
-        edge = best[:, -1:].copy()
-        best[np.arange(width) >= top_k[:, None]] = 0.0
-        mass = np.cumsum(best, axis=-1)
+        found = weights if width == size else np.partition(weights, size - width, axis=-1)[:, size - width :]
+        best = np.sort(found, axis=-1)[:, ::-1].astype(np.float64)
+        within = np.arange(width) < top_k[:, None]
+        mass = np.cumsum(np.where(within, best, 0.0), axis=-1)
         total = np.where(top_k < size, mass[:, -1], weights.sum(axis=-1, dtype=np.float64))
-        keep = (mass - best < (top_p * total)[:, None]) & (best >= (min_p * best[:, 0])[:, None]) & (best > 0)
-        # Kept up to the last candidate: there may be more to keep, or equals of it with lower ids outside.
-        if width == size or not (keep & (best == edge)).any():
-            break
+        keep = within & (mass - best < (top_p * total)[:, None]) & (best >= min_p[:, None] * best[:, :1]) & (best > 0)
+        count = np.maximum(keep.sum(axis=-1), 1)
+        if width == size or (count < width).all():
+            return best[np.arange(len(best)), count - 1].astype(np.float32), count
         width = size
-    keep[:, 0] = True
-    reached = np.cumsum(np.where(keep, best, 0.0), axis=-1)
-    pick = (reached <= (draws * reached[:, -1])[:, None]).sum(axis=-1)
-    chosen: npt.NDArray[np.intp] = order[np.arange(rows), pick]
-    return chosen
-
-
-def _descending(weights: Logits, width: int) -> npt.NDArray[np.intp]:
-    """Indices of the ``width`` largest weights of each row, largest first; equals by index, but for the last."""
-    if width >= weights.shape[-1]:
-        return np.argsort(-weights, axis=-1, kind="stable")
-    candidates = np.argpartition(-weights, width, axis=-1)[:, :width]
-    candidates.sort(axis=-1)
-    values = np.take_along_axis(weights, candidates, axis=-1)
-    return np.take_along_axis(candidates, np.argsort(-values, axis=-1, kind="stable"), axis=-1)
 
 
 class DeviceLaunch:
@@ -291,18 +293,23 @@ def _sample_on_device(logits: mx.array, table: RowTable) -> mx.array:
     draws[at, 0] = np.minimum(table.draws(), np.nextafter(np.float32(1), np.float32(0)))
     top_k[at, 0], top_p[at, 0], min_p[at, 0] = np.minimum(table.top_k, size), table.top_p, table.min_p
     weights = mx.exp((logits - mx.max(logits, axis=-1, keepdims=True)) * mx.array(scale))
-    chosen = mx.where(mx.array(_marks(rows, at)), _draw_on_device(weights, draws), mx.argmax(logits, axis=-1))
     if len(table.truncated):
-        order = mx.argsort(-weights, axis=-1)
-        weights = mx.take_along_axis(weights, order, axis=-1)
-        weights = mx.where(mx.arange(size) < mx.array(top_k), weights, 0.0)
-        mass = mx.cumsum(weights, axis=-1)
-        keep = (mass - weights < mx.array(top_p) * mass[:, -1:]) & (weights >= mx.array(min_p) * weights[:, :1])
-        rank = _draw_on_device(mx.where(keep, weights, 0.0), draws)
-        cut = mx.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
-        # Rows that cut nothing off keep the choice made in the order of ids: it must not depend on their neighbours.
-        chosen = mx.where(mx.array(_marks(rows, at[table.truncated])), cut, chosen)
-    return chosen
+        # Rows that cut nothing off keep k at the whole vocabulary, and with it every weight.
+        weights = _cut_on_device(weights, mx.array(top_k), mx.array(top_p), mx.array(min_p))
+    return mx.where(mx.array(_marks(rows, at)), _draw_on_device(weights, draws), mx.argmax(logits, axis=-1))
+
+
+def _cut_on_device(weights: mx.array, top_k: mx.array, top_p: mx.array, min_p: mx.array) -> mx.array:
+    size = weights.shape[-1]
+    best = mx.sort(weights, axis=-1)[:, ::-1]
+    within = mx.arange(size) < top_k
+    mass = mx.cumsum(mx.where(within, best, 0.0), axis=-1)
+    keep = within & ((mass - best < top_p * mass[:, -1:]) | (top_p >= 1.0)) & (best >= min_p * best[:, :1])
+    count = mx.maximum(mx.sum(keep, axis=-1, keepdims=True), 1)
+    threshold = mx.take_along_axis(best, count - 1, axis=-1)
+    above, equal = weights > threshold, weights == threshold
+    room = count - mx.sum(above, axis=-1, keepdims=True)
+    return mx.where(above | (equal & (mx.cumsum(equal, axis=-1) <= room)), weights, 0.0)
 
 
 def _draw_on_device(weights: mx.array, draws: npt.NDArray[np.float32]) -> mx.array:

@@ -152,7 +152,7 @@ class LmxScheduler(Scheduler):  # type: ignore[misc]
         self.uid_to_request_id[id] = key
         request.status = RequestStatus.RUNNING
         self.running[key] = request
-        return Started(id, len(request.prepared.token_ids), report)
+        return Started(id, len(request.prepared.token_ids), report, request.prepared.in_reasoning)
 
     def _refuse(self, request: EngineRequest) -> Refused:
         """Nothing runs, the server has answered, and there is still no room for it."""

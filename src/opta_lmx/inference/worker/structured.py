@@ -9,8 +9,10 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 
 from opta_lmx.errors import InvalidRequest
+from opta_lmx.inference.worker.marks import Gate
 from opta_lmx.inference.worker.sampling import Logits
-from opta_lmx.types import Structured
+from opta_lmx.inference.worker.tool_schema import call_schema
+from opta_lmx.types import JsonObject, Structured
 
 # With free white space a weak model can fill its whole allowance with it and never finish the document.
 _JSON_OPTIONS = {"whitespace_flexible": False}
@@ -34,26 +36,41 @@ class GrammarCompiler:
         """A fresh matcher; raises InvalidRequest with the compiler's reason if the grammar cannot be used."""
         if self._table is None:
             self._table = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._stop_ids or None)
+        matcher, fault = self._try(wanted)
+        if matcher is not None:
+            return matcher
+        if wanted.kind == "tool_call":
+            for tool in wanted.spec:
+                _, own_fault = self._try(Structured("tool_call", [tool]))
+                if own_fault is not None:
+                    raise _refused_tool(tool, own_fault)
+        raise InvalidRequest(f"Invalid schema for {wanted.field}: {fault}", param=wanted.field)
+
+    def _try(self, wanted: Structured) -> tuple[LLMatcher | None, str | None]:
+        """A matcher, or the compiler's reason against it."""
+        assert self._table is not None
         try:
             matcher = LLMatcher(self._table, _grammar(wanted))
         except ValueError as error:
-            raise _refusal(wanted, str(error)) from error
-        if matcher.is_error():
-            raise _refusal(wanted, matcher.get_error())
-        return matcher
+            return None, " ".join(str(error).split())
+        return (None, " ".join(matcher.get_error().split())) if matcher.is_error() else (matcher, None)
 
 
 class Grammar:
-    """One row's place in its grammar; a LogitsProcessor. ``error`` is set if the grammar could not go on."""
+    """One row's place in its grammar; a LogitsProcessor. ``error`` is set if the grammar could not go on.
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    While ``gate`` is closed the row is free.
+    """
+
+    def __init__(self, matcher: LLMatcher, gate: Gate) -> None:
         self.error: str | None = None
         self._matcher = matcher
+        self._gate = gate
         self._allowed: bytes | None = None
 
     def prepare(self) -> None:
         """Compute the next mask while the forward runs."""
-        if self._allowed is None and self.error is None:
+        if self._allowed is None and self.error is None and not self._gate.closed:
             self._allowed = self._matcher.compute_bitmask()
             self.error = _STUCK if self._matcher.is_error() else None
 
@@ -62,20 +79,27 @@ class Grammar:
         self.prepare()
         if self._allowed is None:
             return
+        others = self._gate.others
+        kept = row[others]
         bits = np.unpackbits(np.frombuffer(self._allowed, dtype=np.uint8), bitorder="little")
         known = min(len(bits), len(row))
         row[known:] = -np.inf
         row[:known][bits[:known] == 0] = -np.inf
+        row[others] = kept
 
     def accept(self, token: int) -> None:
         """Move on by the sampled token."""
         self._allowed = None
+        if self._gate.keeps(token):
+            return
         if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
             self.error = _STUCK
 
 
 def _grammar(wanted: Structured) -> str:
     kind, spec = wanted.kind, wanted.spec
+    if kind == "tool_call":
+        return LLMatcher.grammar_from_json_schema(json.dumps({**call_schema(spec), "x-guidance": _JSON_OPTIONS}))
     if kind == "json_object":
         return LLMatcher.grammar_from_json_schema({"type": "object", "x-guidance": _JSON_OPTIONS})
     if kind == "json_schema":
@@ -88,5 +112,9 @@ def _grammar(wanted: Structured) -> str:
     return LLMatcher.grammar_from_lark(spec)
 
 
-def _refusal(wanted: Structured, reason: str) -> InvalidRequest:
-    return InvalidRequest(f"Invalid schema for {wanted.field}: {reason.strip()}", param=wanted.field)
+def _refused_tool(tool: JsonObject, fault: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"Invalid schema for function {tool['name']!r}: {fault}",
+        param=tool["field"],
+        code="invalid_function_parameters",
+    )

@@ -1,22 +1,25 @@
 """The MLX backend: vllm-mlx's loader and our scheduler over vllm-mlx's, behind the Backend protocol."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from llguidance import LLMatcher
 from mlx.utils import tree_flatten
 from vllm_mlx.utils.tokenizer import collect_eos_token_ids, load_model_with_fallback
 
 from opta_lmx.errors import InvalidRequest, LoadFailed
+from opta_lmx.inference.output.formats import detect_reasoning_format, detect_tool_format, markers
 from opta_lmx.inference.protocol import Generate, Load
 from opta_lmx.inference.worker import geometry
 from opta_lmx.inference.worker.backend import Prepared, StepResult
 from opta_lmx.inference.worker.decoder import PrefixCache
 from opta_lmx.inference.worker.detokenizer import TokenTable
 from opta_lmx.inference.worker.kv_books import KvBooks
+from opta_lmx.inference.worker.load_errors import named_load_errors
+from opta_lmx.inference.worker.marks import Marks
 from opta_lmx.inference.worker.prefix_snapshots import PrefixSnapshots
 from opta_lmx.inference.worker.prefix_tree import PrefixTree
 from opta_lmx.inference.worker.processors import processors_for
@@ -28,9 +31,6 @@ from opta_lmx.types import LoadOptions, ModelFacts
 
 # For architectures whose config names no limit (state-space models have none of their own).
 _UNBOUNDED_CONTEXT_TOKENS = 32_768
-
-# Of a library's error message; the names of missing tensors can run to pages.
-_MOST_CHARACTERS = 300
 
 _CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "seq_length", "n_ctx")
 
@@ -46,7 +46,7 @@ class VllmBackend:
         """Load weights and tokenizer; raises LoadFailed with what is wrong with the files."""
         directory = Path(frame.path)
         _limit_memory(frame.options)
-        with _named_load_errors(frame.model_id):
+        with named_load_errors(frame.model_id):
             config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
             _refuse_code(frame.model_id, config)
             model, wrapped = load_model_with_fallback(
@@ -55,7 +55,10 @@ class VllmBackend:
             shape = geometry.measure(model, frame.options.kv_bits)
         tokenizer = getattr(wrapped, "_tokenizer", wrapped)
         context = _context_length(config, frame.options)
-        self._table = TokenTable(tokenizer)
+        template = _template_text(tokenizer)
+        tool_format, reasoning_format = detect_tool_format(template), detect_reasoning_format(template)
+        self._table = TokenTable(tokenizer, keep=markers(tool_format, reasoning_format))
+        self._marks = Marks(tokenizer, self._table, tool_format, reasoning_format)
         self._stop_ids = frozenset(collect_eos_token_ids(tokenizer, str(directory)))
         self._reader = PromptReader(tokenizer, shape.vocab_size)
         self._grammars = GrammarCompiler(tokenizer, shape.vocab_size, self._stop_ids)
@@ -71,6 +74,8 @@ class VllmBackend:
             kv_bytes_per_token=shape.bytes_for(2) - shape.bytes_for(1),
             has_chat_template=bool(tokenizer.chat_template),
             prefix_cache="off" if self._prefixes is None else "tokens" if shape.plain else "snapshots",
+            tool_format=tool_format,
+            reasoning_format=reasoning_format,
         )
         return self._facts
 
@@ -85,13 +90,24 @@ class VllmBackend:
                     code="invalid_value",
                 )
         context = min(self._facts.context_length, frame.context_length or self._facts.context_length)
-        token_ids = self._reader.read(frame.prompt, context)
+        opening = self._marks.answer_opening if frame.structured is not None else ()
+        token_ids = self._reader.read(frame.prompt, context, opening)
+        in_reasoning = self._marks.in_reasoning(token_ids)
         boundaries = self._reader.boundaries(frame.prompt, token_ids) if self._wants_boundaries else ()
         # Compiled here, so that a schema that cannot be used is refused before the request takes a place.
-        grammar = self._grammars.compile(frame.structured) if frame.structured is not None else None
+        grammar = None
+        if frame.structured is not None:
+            matcher, or_call = self._grammars.compile(frame.structured), frame.structured.or_call
+            grammar = partial(self._new_grammar, matcher, in_reasoning, or_call)
         room = context - len(token_ids)
         wanted = room if sampling.max_tokens is None else sampling.max_tokens
-        return Prepared(frame.id, frame.request_id, token_ids, min(wanted, room), sampling, grammar, boundaries)
+        return Prepared(
+            frame.id, frame.request_id, token_ids, min(wanted, room), sampling, grammar, boundaries, in_reasoning
+        )
+
+    def _new_grammar(self, matcher: LLMatcher, in_reasoning: bool, or_call: bool) -> Grammar:
+        """One choice's own place in a grammar."""
+        return Grammar(matcher.deep_copy(), self._marks.gate(in_reasoning=in_reasoning, or_call=or_call))
 
     def add(self, request: Prepared) -> None:
         """Put a request in line for the batch."""
@@ -101,7 +117,10 @@ class VllmBackend:
         for choice in range(sampling.n):
             processors = processors_for(sampling, request.token_ids, stop_ids)
             if request.grammar is not None:
-                processors.insert(0, Grammar(request.grammar.deep_copy()))
+                processors.insert(0, request.grammar())
+            if sampling.thinking_budget is not None:
+                budget = self._marks.budget(sampling.thinking_budget, in_reasoning=request.in_reasoning)
+                processors += [budget] if budget is not None else []
             sequences.append(Sequence(request, choice, self._table, stop_ids, processors))
         self._scheduler.submit(request, sequences)
 
@@ -137,6 +156,12 @@ def _prefix_cache(shape: geometry.CacheGeometry, budget_bytes: int) -> PrefixCac
     return PrefixTree(budget_bytes) if shape.plain else PrefixSnapshots(budget_bytes)
 
 
+def _template_text(tokenizer: Any) -> str:
+    """The chat template, or all of them where there are several; empty without one."""
+    template = tokenizer.chat_template or ""
+    return template if isinstance(template, str) else "\n".join(template.values())
+
+
 def _parameter_bytes(model: Any) -> int:
     named: list[tuple[str, Any]] = tree_flatten(model.parameters())  # type: ignore[assignment]  # no destination given
     return sum(array.nbytes for _, array in named)
@@ -160,24 +185,3 @@ def _context_length(config: dict[str, Any], options: LoadOptions) -> int:
     limits = [place[key] for place in places for key in _CONTEXT_KEYS if isinstance(place.get(key), int)]
     own = limits[0] if limits else _UNBOUNDED_CONTEXT_TOKENS
     return min(own, options.context_length or own)
-
-
-@contextmanager
-def _named_load_errors(model_id: str) -> Iterator[None]:
-    """The exceptions mlx-lm, transformers and MLX raise for bad files, as LoadFailed with a reason for people."""
-    try:
-        yield
-    except json.JSONDecodeError as error:
-        raise LoadFailed(model_id, f"config.json or the tokenizer's files are not valid JSON: {error}") from error
-    except FileNotFoundError as error:
-        raise LoadFailed(model_id, f"a file is missing: {Path(str(error.filename or error)).name}") from error
-    except (KeyError, TypeError) as error:
-        raise LoadFailed(model_id, f"config.json does not describe a model of its type: {error}") from error
-    except (ValueError, RuntimeError, OSError) as error:
-        raise LoadFailed(model_id, _in_short(error)) from error
-
-
-def _in_short(error: Exception) -> str:
-    """A library's message on one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
