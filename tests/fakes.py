@@ -19,7 +19,16 @@ from opta_lmx.manager.memory import LoadNeed, MemoryMonitor
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.residency import LoadResult, Residency, ResidentModel, UnloadResult
 from opta_lmx.router.resolve import resolve
-from opta_lmx.types import CacheReport, Delta, FinishReason, GenerateRequest, MemoryReading, ModelFiles, ModelState
+from opta_lmx.types import (
+    CacheReport,
+    Delta,
+    FinishReason,
+    GenerateRequest,
+    MemoryReading,
+    ModelFacts,
+    ModelFiles,
+    ModelState,
+)
 
 GIB = 1024**3
 
@@ -35,7 +44,8 @@ class Script:
     """What the next generations do.
 
     ``refusal`` is raised by ``open``; otherwise the ``looks`` come, then ``failure`` is raised, or, if ``hangs``,
-    nothing comes any more. ``opens`` False leaves ``open`` waiting for ever.
+    nothing comes any more. ``opens`` False leaves ``open`` waiting for ever. ``tool_format`` and ``reasoning_format``
+    are the model's; ``in_reasoning`` says that its template opened the reasoning.
     """
 
     looks: Sequence[list[Delta]] = field(default_factory=lambda: text_deltas("Hel", "lo", "."))
@@ -45,27 +55,54 @@ class Script:
     failure: Exception | None = None
     hangs: bool = False
     opens: bool = True
+    tool_format: str | None = None
+    reasoning_format: str | None = None
+    in_reasoning: bool = False
 
 
 class ScriptedGeneration:
-    """A Generation that follows a script; ``closed`` is set by ``aclose``."""
+    """A Generation that follows a script; ``closed`` is set by ``aclose``.
+
+    Once it was told to ``stop`` only the deltas that end a choice come, as cancelled.
+    """
 
     def __init__(self, request: GenerateRequest, script: Script) -> None:
         self.request_id = request.request_id
         self.model_id = request.model
         self.prompt_tokens = script.prompt_tokens
         self.cache = script.cache
+        self.facts = ModelFacts(
+            model_type="llama",
+            context_length=2048,
+            vocab_size=512,
+            weights_bytes=900,
+            kv_bytes_per_token=64,
+            has_chat_template=True,
+            tool_format=script.tool_format,
+            reasoning_format=script.reasoning_format,
+        )
+        self.starts_in_reasoning = script.in_reasoning
         self.closed = threading.Event()
+        self.stopped = False
         self._script = script
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
         for deltas in self._script.looks:
             assert not self.closed.is_set(), "read after aclose"
-            yield deltas
+            if self.stopped:
+                ends = [Delta(delta.choice, "", 0, FinishReason.CANCELLED) for delta in deltas if delta.finish]
+                if ends:
+                    yield ends
+            else:
+                yield deltas
         if self._script.failure is not None:
             raise self._script.failure
         if self._script.hangs:
             await anyio.sleep_forever()
+
+    def stop(self) -> None:
+        """Asks for no more."""
+        self.stopped = True
 
     async def aclose(self) -> None:
         """Lets go, after a moment in which a cancellation could strike."""

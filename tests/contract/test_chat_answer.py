@@ -1,13 +1,13 @@
 """A generation as OpenAI's answer: whole and streamed."""
 
 import json
-from typing import Any
 
 import httpx
 import pytest
 
 from opta_lmx.errors import GenerationFailed, WorkerLost
 from opta_lmx.types import CacheReport, Delta, FinishReason, TokenLogprob
+from tests.contract.answers import choices_of, streamed, whole
 from tests.contract.conftest import CHAT
 from tests.fakes import Script, World, text_deltas
 
@@ -36,32 +36,6 @@ LOGPROB_JSON = {
         {"token": "�", "logprob": -9999.0, "bytes": [255]},
     ],
 }
-
-
-async def whole(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
-    """The answer's body."""
-    response = await client.post("/v1/chat/completions", json=CHAT | fields)
-    assert response.status_code == 200, response.text
-    body: dict[str, Any] = response.json()
-    return body
-
-
-async def streamed(client: httpx.AsyncClient, **fields: Any) -> list[str]:
-    """The data of every event."""
-    response = await client.post("/v1/chat/completions", json=CHAT | {"stream": True} | fields)
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"] == "text/event-stream"
-    *events, rest = response.text.split("\n\n")
-    assert rest == ""
-    assert all(event.startswith("data: ") for event in events)
-    return [event.removeprefix("data: ") for event in events]
-
-
-async def choices_of(client: httpx.AsyncClient, **fields: Any) -> list[dict[str, Any]]:
-    """The choices of every chunk, in order; the stream must end with [DONE]."""
-    *chunks, done = await streamed(client, **fields)
-    assert done == "[DONE]"
-    return [choice for chunk in chunks for choice in json.loads(chunk)["choices"]]
 
 
 async def test_a_whole_answer_is_openais_to_the_key(client: httpx.AsyncClient) -> None:

@@ -51,6 +51,7 @@ async def test_every_sampling_field_arrives(client: httpx.AsyncClient, world: Wo
         top_logprobs=3,
         min_tokens=2,
         ignore_eos=True,
+        thinking_budget=9,
     )
     assert sampling == SamplingParams(
         max_tokens=7,
@@ -69,6 +70,7 @@ async def test_every_sampling_field_arrives(client: httpx.AsyncClient, world: Wo
         logprobs=3,
         min_tokens=2,
         ignore_eos=True,
+        thinking_budget=9,
     )
 
 
@@ -103,7 +105,7 @@ async def test_null_is_absent(client: httpx.AsyncClient, world: World) -> None:
         "max_tokens max_completion_tokens temperature top_p top_k min_p seed n stop stop_token_ids min_tokens "
         "frequency_penalty presence_penalty repetition_penalty repeat_penalty logit_bias logprobs top_logprobs "
         "ignore_eos stream stream_options chat_template_kwargs reasoning_effort response_format tools tool_choice "
-        "functions function_call modalities audio metadata service_tier user store"
+        "parallel_tool_calls thinking_budget functions function_call modalities audio metadata service_tier user store"
     )
     sampling, prompt = await accepted(client, world, **dict.fromkeys(names.split()))
     assert (sampling, prompt) == (SamplingParams(), ChatPrompt([USER]))
@@ -146,6 +148,17 @@ async def test_template_variables_arrive(client: httpx.AsyncClient, world: World
     assert prompt.template_kwargs == {"reasoning_effort": "low", "enable_thinking": False, "x": [1]}
 
 
+async def test_no_effort_is_no_thinking(client: httpx.AsyncClient, world: World) -> None:
+    """Effort "none" also turns the switch of templates that have only that, unless the client set it itself."""
+    _, prompt = await accepted(client, world, reasoning_effort="none")
+    assert prompt.template_kwargs == {"reasoning_effort": "none", "enable_thinking": False}
+    world.engine.requests.clear()
+    _, prompt = await accepted(
+        client, world, reasoning_effort="none", chat_template_kwargs={"enable_thinking": True, "reasoning_effort": "x"}
+    )
+    assert prompt.template_kwargs == {"reasoning_effort": "x", "enable_thinking": True}
+
+
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
@@ -171,7 +184,22 @@ async def test_template_variables_arrive(client: httpx.AsyncClient, world: World
             {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "42"}]},
             {"role": "tool", "content": "42", "tool_call_id": "c1"},
         ),
-        ({"role": "function", "name": "f", "content": "42"}, {"role": "function", "content": "42", "name": "f"}),
+        (
+            {"role": "function", "name": "f", "content": "42"},
+            {"role": "tool", "content": "42", "name": "f", "tool_call_id": "f"},
+        ),
+        (
+            {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"id": "f", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+            },
+        ),
+        (
+            {"role": "assistant", "content": "a", "reasoning": "r"},
+            {"role": "assistant", "content": "a", "reasoning": "r", "reasoning_content": "r"},
+        ),
     ],
 )
 async def test_messages_are_normalised(

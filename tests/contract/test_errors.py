@@ -30,6 +30,20 @@ def with_part(part: object) -> dict[str, Any]:
     return {"messages": [USER, {"role": "user", "content": [{"type": "text", "text": "a"}, part]}]}
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+NAMED = {"type": "function", "function": {"name": "g"}}
+
+
+def with_function(function: object) -> dict[str, Any]:
+    """A request whose first tool is this."""
+    return {"tools": [{"type": "function", "function": function}]}
+
+
+def allowing(allowed: object) -> dict[str, Any]:
+    """A choice of some tools."""
+    return {"type": "allowed_tools", "allowed_tools": allowed}
+
+
 # Fields of the request with the code, the param and a part of the message.
 FIELDS: list[tuple[dict[str, Any], str | None, str | None, str]] = [
     ({"model": None}, None, None, "you must provide a model parameter"),
@@ -146,12 +160,77 @@ FIELDS: list[tuple[dict[str, Any], str | None, str | None, str]] = [
     ({"structured_outputs": {"choice": []}}, "empty_array", "structured_outputs.choice", "empty array"),
     ({"response_format": {"type": "x"}}, "invalid_value", "response_format.type", "Supported values are: 'text'"),
     ({"response_format": "json"}, "invalid_type", "response_format", "expected an object"),
-    ({"tools": [{}]}, "unsupported_parameter", "tools", "tools"),
+    ({"thinking_budget": -1}, "integer_below_min_value", "thinking_budget", ">= 0"),
+    ({"parallel_tool_calls": "no"}, "invalid_type", "parallel_tool_calls", "expected a boolean"),
+    ({"tools": [{}]}, "missing_required_parameter", "tools[0].type", "tools[0].type"),
     ({"tools": [5]}, "invalid_type", "tools[0]", "expected an object"),
-    ({"tools": [{}], "tool_choice": "required"}, "unsupported_parameter", "tools", "tools"),
-    ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice", "tool_choice"),
+    ({"tools": {}}, "invalid_type", "tools", "expected an array"),
+    ({"tools": [{"type": "x"}]}, "invalid_value", "tools[0].type", "Supported values are: 'function' and 'custom'"),
+    ({"tools": [{"type": "function"}]}, "missing_required_parameter", "tools[0].function", "tools[0].function"),
+    ({"tools": [TOOL, {"type": "custom", "custom": {"name": "c"}}]}, "unsupported_parameter", "tools[1]", "Custom"),
+    (
+        {"tools": [TOOL] * 129},
+        "array_above_max_length",
+        "tools",
+        "maximum length 128, but got an array with length 129",
+    ),
+    (with_function({"name": "a b"}), "invalid_value", "tools[0].function.name", "does not match pattern"),
+    (with_function({"name": "f" * 65}), "invalid_value", "tools[0].function.name", "does not match pattern"),
+    (with_function({"name": ""}), "invalid_value", "tools[0].function.name", "does not match pattern"),
+    (with_function({}), "missing_required_parameter", "tools[0].function.name", "tools[0].function.name"),
+    (with_function({"name": "f", "description": 1}), "invalid_type", "tools[0].function.description", "a string"),
+    (
+        with_function({"name": "f", "parameters": "none"}),
+        "invalid_function_parameters",
+        "tools[0].function.parameters",
+        "Invalid schema for function 'f'",
+    ),
+    (
+        with_function({"name": "f", "parameters": {"type": "array"}}),
+        "invalid_function_parameters",
+        "tools[0].function.parameters",
+        "'type: \"object\"'",
+    ),
+    ({"tool_choice": "required"}, None, "tool_choice", "only allowed when 'tools' are specified"),
+    ({"tool_choice": NAMED}, None, "tool_choice", "only allowed when 'tools' are specified"),
     ({"tool_choice": 5}, "invalid_type", "tool_choice", "expected a string or an object"),
-    ({"functions": [{}]}, "unsupported_parameter", "functions", "functions"),
+    ({"tool_choice": "any"}, "invalid_value", "tool_choice", "Supported values are: 'none', 'auto' and 'required'"),
+    ({"tools": [TOOL], "tool_choice": {"type": "x"}}, "invalid_value", "tool_choice.type", "Supported values are"),
+    (
+        {"tools": [TOOL], "tool_choice": {"type": "function"}},
+        "missing_required_parameter",
+        "tool_choice.function",
+        "tool_choice.function",
+    ),
+    ({"tools": [TOOL], "tool_choice": {"type": "custom"}}, "unsupported_parameter", "tool_choice", "Custom tools"),
+    ({"tools": [TOOL], "tool_choice": NAMED}, None, "tool_choice", "no function named 'g' was specified in 'tools'"),
+    (
+        {"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}},
+        "missing_required_parameter",
+        "tool_choice.allowed_tools",
+        "allowed_tools",
+    ),
+    (
+        {"tools": [TOOL], "tool_choice": allowing({"mode": "none", "tools": [TOOL]})},
+        "invalid_value",
+        "tool_choice.allowed_tools.mode",
+        "Supported values are: 'auto' and 'required'",
+    ),
+    (
+        {"tools": [TOOL], "tool_choice": allowing({"mode": "auto", "tools": [NAMED]})},
+        None,
+        "tool_choice",
+        "no function named 'g'",
+    ),
+    ({"functions": [{}]}, "missing_required_parameter", "functions[0].name", "functions[0].name"),
+    ({"functions": [TOOL["function"]], "tools": [TOOL]}, None, "functions", "Only one of 'tools' and 'functions'"),
+    ({"function_call": {"name": "f"}}, None, "function_call", "only allowed when 'functions' are specified"),
+    (
+        {"functions": [{"name": "f", "parameters": []}]},
+        "invalid_function_parameters",
+        "functions[0].parameters",
+        "Invalid schema for function 'f'",
+    ),
     ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities", "Audio"),
     ({"modalities": ["smell"]}, "invalid_value", "modalities", "Invalid value: 'smell'"),
     ({"audio": {"voice": "a"}}, "unsupported_parameter", "audio", "Audio"),

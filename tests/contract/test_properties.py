@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from opta_lmx.api.openai.answer import AnswerHead, ChatAnswer, ChatChunks
 from opta_lmx.api.openai.chat import to_generate_request
+from opta_lmx.api.openai.tools import ToolUse
 from opta_lmx.api.openai.wire import ChatRequest
 from opta_lmx.api.parsing import parse_object
 from opta_lmx.api.validation import validate
@@ -78,7 +79,7 @@ def test_streamed_is_whole(looks: list[list[Delta]], ends: tuple[FinishReason, .
     looks = [*looks, [Delta(choice, "", 1, finish) for choice, finish in enumerate(ends)]]
     request = GenerateRequest("r", "tiny", to_generate_request(validate(ChatRequest, CHAT), "r").prompt)
     generation = cast(Generation, ScriptedGeneration(request, Script()))
-    head = AnswerHead("id", 1, choices=2)
+    head = AnswerHead("id", 1, choices=2, new_id=lambda: "0", use=ToolUse())
     answer = ChatAnswer(head, generation, logprobs=logprobs)
     chunks = ChatChunks(head, generation, include_usage=True, logprobs=logprobs)
     stream = chunks.begin()

@@ -19,9 +19,9 @@ from opta_lmx.api.admin.wire import ModelRequest
 from opta_lmx.api.auth import KeyCheck
 from opta_lmx.api.errors import UnknownRoute, WrongMethod, error_response
 from opta_lmx.api.middleware import RequestIds
-from opta_lmx.api.openai import chat, completions, models
+from opta_lmx.api.openai import chat, completions, embeddings, models, rerank
 from opta_lmx.api.openai.wire import ChatRequest
-from opta_lmx.api.openai.wire_text import CompletionRequest
+from opta_lmx.api.openai.wire_text import CompletionRequest, EmbeddingsRequest, RerankRequest
 from opta_lmx.api.openapi import ERRORS, describe
 from opta_lmx.api.services import Services
 from opta_lmx.config import Config
@@ -57,9 +57,9 @@ def build_app(
     app.state.services = services
     app.state.new_id = new_id
     app.state.wall = wall
-    for router in (chat.router, completions.router, models.router, admin_status.router, admin_models.router):
-        app.include_router(router)
-    describe(app, [ChatRequest, CompletionRequest, ModelRequest])
+    for routes in (chat, completions, embeddings, rerank, models, admin_status, admin_models):
+        app.include_router(routes.router)
+    describe(app, [ChatRequest, CompletionRequest, EmbeddingsRequest, RerankRequest, ModelRequest])
     _handle_errors(app)
     _add_middleware(app, services.config, new_id)
     return app

@@ -195,7 +195,9 @@ class Idle(msgspec.Struct, frozen=True, tag="idle"):
 
 
 FromServer: TypeAlias = Load | Generate | Embed | Rank | Cancel | KvGrant | Stop
-FromWorker: TypeAlias = Hello | Ready | LoadError | Started | Refused | Failed | Embedded | Ranked | Step | KvWant | Idle
+FromWorker: TypeAlias = (
+    Hello | Ready | LoadError | Started | Refused | Failed | Embedded | Ranked | Step | KvWant | Idle
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _from_server: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)

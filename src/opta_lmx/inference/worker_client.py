@@ -282,7 +282,8 @@ class WorkerClient(asyncio.Protocol):
         # Its owner learns first: leases given back by the streams are then those of a worker known to be dead.
         if self._on_exit is not None:
             self._on_exit(exit)
-        for asked in (*self._streams.values(), *self._replies.values()):
+        everyone: list[WorkerStream | WorkerReply] = [*self._streams.values(), *self._replies.values()]
+        for asked in everyone:
             asked.fail(WorkerLost(self.model_id, str(exit)))
 
 

@@ -267,12 +267,13 @@ class MemoryMonitor:
         self._grown.pop(owner, None)
 
     def grow_kv(self, owner: str, base_bytes: int, wanted_bytes: int | None) -> int:
-        """What ``owner``'s KV caches may take from now on: ``wanted_bytes`` if the cap leaves it, else what it had.
+        """What ``owner``'s KV caches may take from now on: ``wanted_bytes``, or as much of it as the cap leaves.
 
         ``base_bytes`` were set aside at its load. None says that it is idle, which gives back all beyond those.
         """
         extra = max(0, (wanted_bytes or 0) - base_bytes)
         held = self._grown.get(owner, 0)
-        if extra <= held or extra - held <= self.ledger(0).free_bytes:
-            held = self._grown[owner] = extra
-        return base_bytes + held
+        if extra > held:
+            extra = min(extra, held + max(0, self.ledger(0).free_bytes))
+        self._grown[owner] = extra
+        return base_bytes + extra

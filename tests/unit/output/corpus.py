@@ -1,7 +1,7 @@
 """Answers as the model families write them, and what each says: text, reasoning, calls."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ TOOLS: list[dict[str, Any]] = [
 
 @dataclass(frozen=True)
 class Answer:
-    """One output of a model and its meaning. ``broken`` outputs hold no whole call."""
+    """One output of a model and its meaning."""
 
     format: str
     output: str
@@ -82,19 +82,23 @@ class Said:
         return "".join(text for kind, _, text in self.order if kind == wanted)
 
 
+def _piece(event: OutputEvent) -> tuple[str, int, str]:
+    match event:
+        case Text(text):
+            return "text", -1, text
+        case Reasoning(text):
+            return "reasoning", -1, text
+        case CallStarted(index, name):
+            return "call", index, name
+        case CallArguments(index, text):
+            return "arguments", index, text
+
+
 def said(events: Iterable[OutputEvent]) -> Said:
     """``events`` with neighbours of one kind merged."""
     merged: list[tuple[str, int, str]] = []
     for event in events:
-        match event:
-            case Text(text):
-                piece = ("text", -1, text)
-            case Reasoning(text):
-                piece = ("reasoning", -1, text)
-            case CallStarted(index, name):
-                piece = ("call", index, name)
-            case CallArguments(index, text):
-                piece = ("arguments", index, text)
+        piece = _piece(event)
         if merged and piece[0] != "call" and merged[-1][:2] == piece[:2]:
             piece = (*piece[:2], merged.pop()[2] + piece[2])
         merged.append(piece)
@@ -156,57 +160,41 @@ def deepseek(name: str) -> str:
     return f"<\uff5c{name}\uff5c>"
 
 
-def written(format_name: str, calls: Sequence[Call]) -> str:
-    """``calls`` as the family writes them."""
-    inside = "".join
-    match format_name:
-        case "hermes":
-            return "\n".join(f"<tool_call>\n{_json(call)}\n</tool_call>" for call in calls)
-        case "qwen3_xml":
-            return "\n".join(f"<tool_call>\n{_xml(call)}\n</tool_call>" for call in calls)
-        case "llama":
-            return "<|python_tag|>" + "; ".join(_json(call, "parameters") for call in calls)
-        case "mistral":
-            return "[TOOL_CALLS] [" + ", ".join(map(_json, calls)) + "]"
-        case "deepseek_v3":
-            begin, end, middle = deepseek("tool▁call▁begin"), deepseek("tool▁call▁end"), deepseek("tool▁sep")
-            body = "\n".join(f"{begin}function{middle}{n}\n```json\n{json.dumps(a)}\n```{end}" for n, a in calls)
-            return deepseek("tool▁calls▁begin") + body + deepseek("tool▁calls▁end")
-        case "glm47":
-            return "\n".join(map(_glm, calls))
-        case "kimi":
-            body = inside(
-                f"<|tool_call_begin|>functions.{n}:{i}<|tool_call_argument_begin|>{json.dumps(a)}<|tool_call_end|>"
-                for i, (n, a) in enumerate(calls)
-            )
-            return f"<|tool_calls_section_begin|>{body}<|tool_calls_section_end|>"
-        case "harmony":
-            return "<|start|>assistant".join(map(_channel, calls))
-        case "gemma":
-            return inside(f"<|tool_call>call:{name}{_brace(arguments)}<tool_call|>" for name, arguments in calls)
-        case "minimax":
-            return "<minimax:tool_call>\n" + "\n".join(map(_invoke, calls)) + "\n</minimax:tool_call>"
-        case "granite":
-            return "<|tool_call|>[" + ", ".join(map(_json, calls)) + "]"
-        case "pythonic":
-            return "<|tool_call_start|>[" + ", ".join(map(_python, calls)) + "]<|tool_call_end|>"
-    raise KeyError(format_name)
+def _deepseek_calls(calls: Sequence[Call]) -> str:
+    begin, end, middle = deepseek("tool▁call▁begin"), deepseek("tool▁call▁end"), deepseek("tool▁sep")
+    body = "\n".join(f"{begin}function{middle}{n}\n```json\n{json.dumps(a)}\n```{end}" for n, a in calls)
+    return deepseek("tool▁calls▁begin") + body + deepseek("tool▁calls▁end")
 
 
-FORMATS = (
-    "hermes",
-    "qwen3_xml",
-    "llama",
-    "mistral",
-    "deepseek_v3",
-    "glm47",
-    "kimi",
-    "harmony",
-    "gemma",
-    "minimax",
-    "granite",
-    "pythonic",
-)
+def _kimi_calls(calls: Sequence[Call]) -> str:
+    body = "".join(
+        f"<|tool_call_begin|>functions.{n}:{i}<|tool_call_argument_begin|>{json.dumps(a)}<|tool_call_end|>"
+        for i, (n, a) in enumerate(calls)
+    )
+    return f"<|tool_calls_section_begin|>{body}<|tool_calls_section_end|>"
+
+
+_WRITERS: dict[str, Callable[[Sequence[Call]], str]] = {
+    "hermes": lambda calls: "\n".join(f"<tool_call>\n{_json(call)}\n</tool_call>" for call in calls),
+    "qwen3_xml": lambda calls: "\n".join(f"<tool_call>\n{_xml(call)}\n</tool_call>" for call in calls),
+    "llama": lambda calls: "<|python_tag|>" + "; ".join(_json(call, "parameters") for call in calls),
+    "mistral": lambda calls: f"[TOOL_CALLS] [{', '.join(map(_json, calls))}]",
+    "deepseek_v3": _deepseek_calls,
+    "glm47": lambda calls: "\n".join(map(_glm, calls)),
+    "kimi": _kimi_calls,
+    "harmony": lambda calls: "<|start|>assistant".join(map(_channel, calls)),
+    "gemma": lambda calls: "".join(f"<|tool_call>call:{name}{_brace(values)}<tool_call|>" for name, values in calls),
+    "minimax": lambda calls: "\n".join(["<minimax:tool_call>", *map(_invoke, calls), "</minimax:tool_call>"]),
+    "granite": lambda calls: f"<|tool_call|>[{', '.join(map(_json, calls))}]",
+    "pythonic": lambda calls: f"<|tool_call_start|>[{', '.join(map(_python, calls))}]<|tool_call_end|>",
+}
+FORMATS = tuple(_WRITERS)
+
+
+def written(name: str, calls: Sequence[Call]) -> str:
+    """``calls`` as the family ``name`` writes them."""
+    return _WRITERS[name](calls)
+
 
 # The marker that begins a call: what prose may quote.
 BEGINS = {name: written(name, [EMPTY]).split("now")[0] for name in FORMATS} | {
@@ -280,39 +268,58 @@ THINK = (
         "Hm.",
         "harmony",
     ),
+    Answer("harmony", "Hm.<|end|>" + written("harmony", [PARIS]), [PARIS], "", "Hm.", "harmony", in_reasoning=True),
+    Answer(
+        "harmony",
+        "<|channel|>commentary<|message|>Let me look. <|end|><|start|>assistant<|channel|>analysis<|message|>Hm.<|end|>"
+        "<|start|>assistant<|channel|>analysis<|message|>Yes.<|end|><|start|>assistant<|channel|>final<|message|>Done.",
+        (),
+        "Let me look. Done.",
+        "Hm.\nYes.",
+        "harmony",
+    ),
     Answer("harmony", " to=functions.now<|channel|>commentary json<|message|>{}", [EMPTY], "", "", "harmony"),
 )
 
 VARIANTS = (
     Answer("hermes", '<tool_call>{"name": "now"}</tool_call>', [EMPTY]),
-    Answer("hermes", '<tool_call>{"arguments": {"city": "Paris"}, "name": "get_weather"}', [PARIS]),
     Answer("hermes", '<tool_call>{"name":"get_weather","arguments":"{\\"city\\":\\"Paris\\"}"}</tool_call>', [PARIS]),
-    Answer("hermes", '<tool_call>{"id":1,"name":"unheard_of","arguments":null}</tool_call>', [("unheard_of", {})]),
     Answer("hermes", f"<tool_call> tag, then {written('hermes', [PARIS])}", [PARIS], "<tool_call> tag, then"),
     Answer("hermes", f"<tool_call>\n{_xml(FULL)}\n</tool_call>", [FULL]),
     Answer("qwen3_xml", _xml(PARIS), [PARIS]),
+    Answer("qwen3_xml", f"{_xml(PARIS)}\n</tool_call>", [PARIS]),
+    Answer("llama", _json(PARIS, "parameters"), [PARIS]),
+    Answer("llama", '{"name": "Ann", "age": 3} is JSON', text='{"name": "Ann", "age": 3} is JSON'),
+    Answer("llama", "[1] see [the page](http://x)", text="[1] see [the page](http://x)"),
+    Answer("llama", '<function=get_weather>{"city": "Paris"}</function>', [PARIS]),
+    Answer("mistral", '[TOOL_CALLS]get_weather{"city": "Paris"}', [PARIS]),
+    Answer("mistral", '[TOOL_CALLS]now[ARGS]{}[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}', [EMPTY, PARIS]),
+    Answer("", '{"name": "get_weather", "arguments": {"city": "Paris"}}', [PARIS], forced=True),
+    Answer("", 'Hm.</think>\n{"name": "now", "arguments": {}}', [EMPTY], "", "Hm.", "think", True, True),
+)
+
+# Ways of writing that vllm-mlx does not know.
+OURS_ALONE = (
+    Answer("hermes", '<tool_call>{"arguments": {"city": "Paris"}, "name": "get_weather"}', [PARIS]),
+    Answer("hermes", '<tool_call>{"id":1,"name":"unheard_of","arguments":null}</tool_call>', [("unheard_of", {})]),
     Answer(
         "qwen3_xml",
         "<function=run><parameter=code>\n\n  a </parameter> b\n\n</parameter></function>",
         [("run", {"code": "\n  a </parameter> b\n"})],
     ),
-    Answer("llama", _json(PARIS, "parameters"), [PARIS]),
     Answer("llama", f'\n{{"type": "function", "name": "now", "parameters": {{}}}}\n{_json(PARIS)}', [EMPTY, PARIS]),
-    Answer("llama", '{"name": "Ann", "age": 3} is JSON', text='{"name": "Ann", "age": 3} is JSON'),
     Answer("llama", f"[{_python(FULL)}, now()]", [FULL, EMPTY]),
-    Answer("llama", "[1] see [the page](http://x)", text="[1] see [the page](http://x)"),
-    Answer("llama", '<function=get_weather>{"city": "Paris"}</function>', [PARIS]),
-    Answer("mistral", '[TOOL_CALLS]get_weather{"city": "Paris"}', [PARIS]),
-    Answer(
-        "mistral", '[TOOL_CALLS]get_weather[CALL_ID]abc123def[ARGS]{"city": "Paris"}[TOOL_CALLS]now{}', [PARIS, EMPTY]
-    ),
+    Answer("mistral", '[TOOL_CALLS]get_weather[CALL_ID]abc123def[ARGS]{"city": "Paris"}', [PARIS]),
     Answer(
         "deepseek_v3",
         f'{deepseek("tool▁call▁begin")}get_weather{deepseek("tool▁sep")}{{"city": "Paris"}}{deepseek("tool▁call▁end")}',
         [PARIS],
     ),
-    Answer("", '{"name": "get_weather", "arguments": {"city": "Paris"}}', [PARIS], forced=True),
-    Answer("", 'Hm.</think>\n{"name": "now", "arguments": {}}', [EMPTY], "", "Hm.", "think", True, True),
 )
 
-ANSWERS: tuple[Answer, ...] = (*(answer for name in FORMATS for answer in _of(name)), *THINK, *VARIANTS)
+ANSWERS: tuple[Answer, ...] = (
+    *(answer for name in FORMATS for answer in _of(name)),
+    *THINK,
+    *VARIANTS,
+    *OURS_ALONE,
+)

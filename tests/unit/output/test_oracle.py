@@ -1,33 +1,46 @@
 """vllm-mlx's own parsers, run on whole answers, as the oracle.
 
-They are not used by the server: they do not stream, and they pull in transformers. Where we differ on purpose, the test
-names the reason.
+They are not used by the server: they do not stream, and they pull in transformers. Where we differ on purpose, the
+table below says why; the test holds that it says no more than is true.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.unit.output.corpus import ANSWERS, EMPTY, FORMATS, TOOLS, Answer, read
+from tests.unit.output.corpus import ANSWERS, EMPTY, FORMATS, OURS_ALONE, THINK, TOOLS, Answer, read
 
 pytestmark = pytest.mark.mlx
 
-_NAMES = {"gemma": "gemma4", "llama": "llama"}
+_Rule = tuple[str, frozenset[str], Callable[[Answer], bool]]
 
-
-def _oracle(answer: Answer) -> tuple[list[tuple[str, Any]], str]:
-    from vllm_mlx.tool_parsers import ToolParserManager
-
-    parser = ToolParserManager.get_tool_parser(_NAMES.get(answer.format, answer.format))(None)
-    found = parser.extract_tool_calls(answer.output, {"tools": TOOLS})
-    return [(call["name"], json.loads(call["arguments"])) for call in found.tool_calls], (found.content or "").strip()
-
-
-def _differs(answer: Answer) -> str | None:
-    """Why the oracle's reading of this answer is not ours."""
-    return None
-
+_DIFFERENCES: tuple[_Rule, ...] = (
+    (
+        "the oracle drops text after the calls, or takes the calls for text with it",
+        frozenset({"qwen3_xml", "mistral", "deepseek_v3", "glm47", "kimi", "harmony", "gemma", "granite"}),
+        lambda answer: answer.text == "Done.",
+    ),
+    (
+        "the oracle drops text before the calls, or takes the calls for text with it",
+        frozenset({"glm47", "harmony", "granite"}),
+        lambda answer: answer.text == "Let me look.",
+    ),
+    (
+        "the oracle ends a call at a closing marker inside a value",
+        frozenset({"qwen3_xml", "glm47", "kimi", "harmony", "gemma", "minimax"}),
+        lambda answer: any(name == "run" for name, _ in answer.calls),
+    ),
+    (
+        "the oracle loses markers, and what follows them, in prose",
+        frozenset({"qwen3_xml", "harmony"}),
+        lambda answer: answer.text.startswith("The marker"),
+    ),
+    ("the oracle drops calls without arguments", frozenset({"minimax"}), lambda answer: EMPTY in answer.calls),
+    ("the oracle reads one section only", frozenset({"gemma"}), lambda answer: len(answer.calls) > 1),
+    ("the oracle does not know this way of writing", frozenset(FORMATS), lambda answer: answer in OURS_ALONE),
+)
 
 _COMPARED = [
     answer
@@ -36,9 +49,44 @@ _COMPARED = [
 ]
 
 
-@pytest.mark.parametrize("answer", _COMPARED, ids=lambda answer: f"{answer.format}:{answer.output[:40]!r}")
+def _name(answer: Answer) -> str:
+    return f"{answer.format}:{answer.output[:40]!r}"
+
+
+def _oracle(answer: Answer) -> tuple[list[tuple[str, Any]], str] | None:
+    """Calls and content; None where the oracle's arguments are no JSON."""
+    from vllm_mlx.tool_parsers import ToolParserManager
+
+    parser = ToolParserManager.get_tool_parser("gemma4" if answer.format == "gemma" else answer.format)(None)
+    found = parser.extract_tool_calls(answer.output, {"tools": TOOLS})
+    try:
+        calls = [(call["name"], json.loads(call["arguments"])) for call in found.tool_calls]
+    except ValueError:
+        return None
+    return calls, (found.content or "").strip()
+
+
+@pytest.mark.parametrize("answer", _COMPARED, ids=_name)
 def test_calls_and_content_are_the_oracles(answer: Answer) -> None:
-    """The same names, equal arguments, the same content."""
+    """The same names, equal arguments, the same content; where the table has a reason, the oracle is the one to err."""
     heard = read(answer)
     ours = ([(name, json.loads(arguments)) for name, arguments in heard.calls], heard.text.strip())
-    assert ours == _oracle(answer)
+    reasons = [reason for reason, formats, applies in _DIFFERENCES if answer.format in formats and applies(answer)]
+    assert (ours == _oracle(answer)) is not bool(reasons), reasons
+    assert ours == (list(answer.calls), answer.text.strip())
+
+
+_REASONING_PARSERS = {"think": "deepseek_r1", "mistral": "mistral", "gemma": "gemma4", "harmony": "harmony"}
+
+
+@pytest.mark.parametrize("answer", [answer for answer in THINK if not answer.calls], ids=_name)
+def test_reasoning_is_the_oracles(answer: Answer) -> None:
+    """The same reasoning and the same content; the oracle drops what a commentary message says to the user."""
+    from vllm_mlx.reasoning import get_parser
+
+    parser = get_parser(_REASONING_PARSERS[answer.reasoning_format or ""])(None)
+    reasoning, content = parser.extract_reasoning(answer.output)
+    heard = read(answer)
+    assert heard.reasoning == (reasoning or "").strip()
+    if "<|channel|>commentary" not in answer.output:
+        assert heard.text == (content or "").strip()

@@ -1,6 +1,7 @@
 """The parser of answers: what it reads, that cuts do not matter, that nothing is lost."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -43,38 +44,16 @@ def test_any_cuts_of_any_beginning_give_the_same(answer: Answer, data: st.DataOb
     """A truncated answer in random pieces reads as the truncated answer in one."""
     end = data.draw(st.integers(0, len(answer.output)))
     cuts = sorted(data.draw(st.sets(st.integers(0, end), max_size=8)) | {0, end})
-    pieces = [answer.output[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    pieces = [answer.output[a:b] for a, b in pairwise(cuts)]
     assert read(answer, pieces) == read(answer, [answer.output[:end]])
 
 
-_PIECES = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=a>", "</parameter>", '{"name": "f", ']
-    + ['"arguments": {', "}", "{", "[", "]", ",", '"', "\\", "[TOOL_CALLS]", "<|python_tag|>", "<|channel|>final", "\n"]
-    + [
-        "<|message|>",
-        "<|start|>assistant",
-        "<|end|>",
-        "<|tool_call>call:f{a:",
-        '<|"|>',
-        "<arg_key>",
-        "f",
-        "1",
-        "-",
-        " ",
-    ]
-    + [
-        "<think>",
-        "</think>",
-        "<|channel|>commentary to=functions.f",
-        "f(a=",
-        "(",
-        "'",
-        "<|call|>",
-        "\\u12",
-        "null",
-        ":",
-    ]
-)
+_SCRAPS = """
+<tool_call> </tool_call> <function=f> </function> <parameter=a> </parameter> <arg_key> <think> </think> [ARGS]
+{"name":"f", "arguments":{ } { [ ] , : " \\ \\u12 null f 1 - f(a= ( ' [TOOL_CALLS] <|python_tag|> <|tool_call>call:f{a:
+<|"|> <|start|>assistant <|channel|>final <|message|> <|end|> <|call|> <|channel|>commentary&to=functions.f & @
+"""
+_PIECES = st.sampled_from([scrap.replace("&", " ").replace("@", "\n") for scrap in _SCRAPS.split()])
 
 
 @given(st.sampled_from(FORMATS), st.lists(_PIECES, max_size=14))
@@ -181,6 +160,15 @@ def test_the_prompt_may_have_opened_the_reasoning() -> None:
     assert parser.feed("Hm") == [Reasoning("Hm")]
 
 
+def test_called_is_told_by_whole_calls_only() -> None:
+    """A call that breaks off does not count, whatever has come out of it."""
+    parser = OutputParser(tool_format="hermes")
+    parser.feed('<tool_call>{"name": "f", "arguments": {"a": 1}, !')
+    assert not parser.called
+    parser.feed('<tool_call>{"name": "f", "arguments": {"a": 1}}')
+    assert parser.called
+
+
 def test_text_between_calls_keeps_its_white_space() -> None:
     """Words before and after a call do not grow together."""
     heard = read(Answer("hermes", f"One {written('hermes', [EMPTY])} two\n{written('hermes', [EMPTY])}\n"))
@@ -243,6 +231,38 @@ def test_deep_nesting_is_refused_in_bounded_time(name: str) -> None:
     begin = {"hermes": '<tool_call>{"name":"f","arguments":{"a":', "gemma": "<|tool_call>call:f{a:"}
     output = begin.get(name, "<|tool_call_start|>[f(a=") + "[" * 10_000
     assert read(Answer(name, output)).text == output
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        ("hermes", '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"arguments": "{\\"a\\": 1e999}", "name": "f"}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": []}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "", "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": 3, "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"arguments": {"a": ' + "9" * 5_000 + '}, "name": "f"}</tool_call>'),
+        ("gemma", "<|tool_call>call:f{a:1e999}<tool_call|>"),
+        ("gemma", '<|tool_call>call:f{a:"\\udc00"}<tool_call|>'),
+        ("kimi", "<|tool_call_begin|>functions.<|tool_call_argument_begin|>{}<|tool_call_end|>"),
+        ("pythonic", "<|tool_call_start|>[f(1)]<|tool_call_end|>"),
+        ("pythonic", "<|tool_call_start|>[f(a=g())]<|tool_call_end|>"),
+        ("pythonic", "<|tool_call_start|>[f(**{})]<|tool_call_end|>"),
+        ("pythonic", "<|tool_call_start|>[f(a=" + "-" * 20_000 + "1)]<|tool_call_end|>"),
+        ("pythonic", "<|tool_call_start|>[f(a=1" + "+1" * 20_000 + ")]<|tool_call_end|>"),
+    ],
+)
+def test_a_call_that_cannot_be_sent_is_text(name: str, output: str) -> None:
+    """Names and arguments no client could read leave the text as it was."""
+    heard = read(Answer(name, output))
+    assert heard.text == output
+    assert heard.calls == []
+
+
+def test_values_beyond_json_stay_text() -> None:
+    """Infinity and half characters in bare values come out as what was written."""
+    output = "<tool_call><function=f><parameter=a>1e999</parameter></function></tool_call>"
+    assert read(Answer("qwen3_xml", output)).calls == [("f", '{"a": "1e999"}')]
 
 
 def test_an_unknown_format_is_an_error() -> None:

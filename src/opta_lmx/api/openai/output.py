@@ -109,13 +109,10 @@ def merged(events: Iterable[OutputEvent]) -> Iterator[OutputEvent]:
             yield from run
             continue
         text = "".join(event.text for event in run if not isinstance(event, CallStarted))
-        yield (
-            CallArguments(index, text)
-            if kind is CallArguments
-            else Reasoning(text)
-            if kind is Reasoning
-            else Text(text)
-        )
+        if kind is CallArguments:
+            yield CallArguments(index, text)
+        else:
+            yield Reasoning(text) if kind is Reasoning else Text(text)
 
 
 def _kind_and_call(event: OutputEvent) -> tuple[type, int]:

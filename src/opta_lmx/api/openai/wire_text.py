@@ -114,9 +114,11 @@ def _too_many(param: str, items: Sequence[Any]) -> InvalidRequest:
 
 
 def _shape(value: object) -> str | None:
-    """Which form of ``stop`` the client wrote, so that an error is about that one."""
+    """Which form of a field the client wrote, so that an error is about that one."""
     if isinstance(value, str):
         return "<string>"
+    if isinstance(value, dict):
+        return "<object>"
     return "<array>" if isinstance(value, list) else None
 
 
@@ -190,3 +192,92 @@ class Completion(Wire):
     choices: list[CompletionChoice]
     usage: Usage
     system_fingerprint: str | None = None
+
+
+# -- embeddings ---------------------------------------------------------------------------------------
+
+
+class EmbeddingsRequest(Wire):
+    """The body of POST /v1/embeddings."""
+
+    model: Annotated[ModelName, Field(examples=["all-minilm-l6-v2"])]
+    input: Annotated[Inputs, Field(examples=[["What is the capital of France?", "Paris"]])]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[Integer, Field(ge=1, le=_MAX_INT32)] | None = None
+    user: str | None = None
+
+
+class Embedding(Wire):
+    """The vector of one input: numbers, or base64 of float32 in little-endian order."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Wire):
+    """Exactly the tokens the model read, special ones included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Wire):
+    """One embedding for each input, in the order of the inputs."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+# -- rerank -------------------------------------------------------------------------------------------
+
+
+class TextDocument(Wire):
+    """A document as an object."""
+
+    text: Text
+
+
+class RerankRequest(Wire):
+    """The body of POST /v1/rerank, as Jina and Cohere write it."""
+
+    model: Annotated[ModelName, Field(examples=["all-minilm-l6-v2"])]
+    query: Annotated[Text, Field(examples=["What is the capital of France?"])]
+    documents: Annotated[
+        list[
+            Annotated[
+                Annotated[Text, Tag("<string>")] | Annotated[TextDocument, Tag("<object>")],
+                Discriminator(
+                    _shape, custom_error_type="invalid_type", custom_error_message="a string or an object with 'text'"
+                ),
+            ]
+        ],
+        Field(
+            fail_fast=True,
+            min_length=1,
+            max_length=MAX_INPUTS,
+            examples=[["Berlin is in Germany.", "Paris is in France."]],
+        ),
+    ]
+    top_n: Annotated[Integer, Field(ge=1, le=_MAX_INT32)] | None = None
+    return_documents: bool | None = None
+
+
+class RerankResult(Wire):
+    """One document: its place in the request, its score, and its text where that was asked for."""
+
+    index: int
+    relevance_score: float
+    document: TextDocument | None = None
+
+
+class RerankAnswer(Wire):
+    """The documents, most relevant first."""
+
+    id: str
+    object: Literal["list"] = "list"
+    model: str
+    results: list[RerankResult]
+    usage: EmbeddingUsage

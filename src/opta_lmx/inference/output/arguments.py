@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from opta_lmx.inference.output.cursor import Malformed
+from opta_lmx.inference.output.json_text import decoded
 from opta_lmx.types import JsonObject
 
 _PYTHON_FAILURES = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
@@ -32,8 +33,8 @@ class Parameters:
         if "string" in kinds:
             return None if value == "null" and "null" in kinds else value
         try:
-            found = json.loads(value, parse_constant=_refuse)
-        except (ValueError, RecursionError):
+            found = decoded(value)
+        except Malformed:
             found = _python_value(value, kinds)
         return found if not kinds or _kind(found) in kinds or _fits_number(found, kinds) else value
 
@@ -86,7 +87,3 @@ def _kind(value: object) -> str:
 
 def _fits_number(value: object, kinds: frozenset[str]) -> bool:
     return "number" in kinds and _kind(value) == "integer"
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)

@@ -1,6 +1,6 @@
 """Calls as events: whole, or while their arguments are still being written."""
 
-from opta_lmx.inference.output.cursor import Cursor
+from opta_lmx.inference.output.cursor import Cursor, Malformed
 from opta_lmx.inference.output.events import CallArguments, CallStarted, OutputEvent
 
 
@@ -20,13 +20,15 @@ class CallWriter:
         self._streamed: int | None = None
 
     def write(self, name: str, arguments: str) -> None:
-        """A whole call."""
+        """A whole call; raises Malformed for text that cannot be sent."""
+        _check(name + arguments)
         self.events += (CallStarted(self.count, name), CallArguments(self.count, arguments))
         self.count += 1
         self._whole()
 
     def open(self, name: str) -> None:
-        """A call whose arguments begin at the cursor."""
+        """A call whose arguments begin at the cursor; raises Malformed for a name that cannot be sent."""
+        _check(name)
         self.events.append(CallStarted(self.count, name))
         self.count += 1
         self._streamed = self._cursor.pos
@@ -59,3 +61,11 @@ class CallWriter:
         if self._streamed is not None and end > self._streamed:
             self.events.append(CallArguments(self.count - 1, self._cursor.text[self._streamed : end]))
             self._streamed = end
+
+
+def _check(text: str) -> None:
+    # Half of a surrogate pair can be written as an escape, but is no character.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Malformed from error

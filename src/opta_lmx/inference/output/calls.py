@@ -9,7 +9,7 @@ from opta_lmx.inference.output.arguments import Parameters, python_arguments
 from opta_lmx.inference.output.call_writer import CallWriter
 from opta_lmx.inference.output.cursor import Cursor, Malformed, Steps
 from opta_lmx.inference.output.formats import Body, CallForm, ToolFormat
-from opta_lmx.inference.output.json_text import MAX_DEPTH, read_string, scan_number, scan_string, scan_value
+from opta_lmx.inference.output.json_text import MAX_DEPTH, decoded, read_string, scan_number, scan_string, scan_value
 from opta_lmx.types import JsonObject
 
 _NAME = re.compile(r"[\w.\-:/]*")
@@ -42,7 +42,8 @@ class CallReader:
             form = yield from self._next_form(table, first=False)
             if separated and form is None:
                 raise Malformed
-        if in_section and end and (yield from cursor.take_spaced(end)):
+        # A call without its opening mark may still have the closing one: the prompt, or the model's habit, left it out.
+        if end and marked and (yield from cursor.take_spaced(end)):
             self._writer.mark = cursor.pos
 
     def envelope(self) -> Steps[None]:
@@ -143,13 +144,10 @@ class CallReader:
         start = self._cursor.pos
         yield from scan_value(self._cursor)
         written = self._cursor.text[start : self._cursor.pos]
-        value = json.loads(written)
+        value = decoded(written)
         if isinstance(value, str):
             written = value or "{}"
-            try:
-                value = json.loads(written)
-            except (ValueError, RecursionError) as error:
-                raise Malformed from error
+            value = decoded(written)
         if value is None:
             return "{}"
         if not isinstance(value, dict):
@@ -159,7 +157,7 @@ class CallReader:
     def _named(self, form: CallForm) -> Steps[None]:
         cursor = self._cursor
         name = yield from self._name(form)
-        while (yield from self._take_any(form.between)):
+        while (yield from cursor.take_any_spaced(*form.between)):
             yield from cursor.skip_space()
             word = yield from cursor.run(_NAME)
             name = word if word and form.last_word_names else name
@@ -168,8 +166,9 @@ class CallReader:
             raise Malformed
         yield from self.arguments(name)
         self._writer.close()
-        yield from self._take_any(form.after)
-        yield from self._take_any((form.close,) if form.close else ())
+        yield from cursor.take_any_spaced(*form.after)
+        if form.close:
+            yield from cursor.take_spaced(form.close)
         self._writer.mark = cursor.pos
 
     def _pairs(self, form: CallForm) -> Steps[None]:
@@ -255,7 +254,7 @@ class CallReader:
             if not word:
                 raise Malformed
             return _WORDS.get(word, word)
-        return json.loads(cursor.text[start : cursor.pos])
+        return decoded(cursor.text[start : cursor.pos])
 
     def _brace_members(self, quote: str, depth: int) -> Steps[dict[str, Any]]:
         cursor = self._cursor
@@ -280,9 +279,3 @@ class CallReader:
             raise Malformed
         yield from self._cursor.expect(form.name_close)
         return name
-
-    def _take_any(self, literals: tuple[str, ...]) -> Steps[bool]:
-        for literal in literals:
-            if (yield from self._cursor.take_spaced(literal)):
-                return True
-        return False

@@ -47,6 +47,13 @@ class Cursor:
         """The same, with any white space before it; without the literal the white space stays unread, too."""
         return (yield from self._take_at(self._after_space, literal))
 
+    def take_any_spaced(self, *literals: str) -> Steps[bool]:
+        """Read the first of ``literals`` that comes next, with any white space before it."""
+        for literal in literals:
+            if (yield from self.take_spaced(literal)):
+                return True
+        return False
+
     def expect(self, literal: str) -> Steps[None]:
         """Read ``literal``; raises Malformed if something else comes next."""
         if not (yield from self.take(literal)):

@@ -1,7 +1,9 @@
 """JSON read while it arrives: each step moves the cursor over text that can only be JSON, and no further."""
 
 import json
+import math
 import re
+from typing import Any
 
 from opta_lmx.inference.output.cursor import Cursor, Malformed, Steps
 
@@ -13,7 +15,24 @@ _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
 _ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
 _NUMBER_CHARACTERS = re.compile(r"[-+.0-9eE]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+# Python refuses to read integers past 4,300 digits, and so would many a client.
+_LONGEST_NUMBER = 1_000
 _WORDS = {"t": "true", "f": "false", "n": "null"}
+
+
+def decoded(text: str) -> Any:
+    """The value of a whole JSON text; raises Malformed for anything that could not be written as JSON again."""
+    try:
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:
+        raise Malformed from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def scan_value(cursor: Cursor) -> Steps[None]:
@@ -64,7 +83,7 @@ def read_string(cursor: Cursor) -> Steps[str]:
     yield from cursor.skip_space()
     start = cursor.pos
     yield from scan_string(cursor)
-    return str(json.loads(cursor.text[start : cursor.pos]))
+    return str(decoded(cursor.text[start : cursor.pos]))
 
 
 def _scan_key_if(in_object: bool, cursor: Cursor) -> Steps[None]:
@@ -92,6 +111,6 @@ def scan_number(cursor: Cursor) -> Steps[None]:
         if end < len(cursor.text) or cursor.ended:
             break
         yield
-    if not _NUMBER.fullmatch(cursor.text, cursor.pos, end):
+    if end - cursor.pos > _LONGEST_NUMBER or not _NUMBER.fullmatch(cursor.text, cursor.pos, end):
         raise Malformed
     cursor.pos = end

@@ -48,7 +48,8 @@ class OutputParser:
         self._drops_space = tool_format is not None or forced
         self._reasoning = in_reasoning
         self._forced = forced
-        self._held = ""
+        self._newlines = ""  # the end of the reasoning so far, dropped if nothing follows
+        self._space = ""  # the end of the text so far
         self._lead = False
         self._said = False
         self._thought = False
@@ -62,6 +63,11 @@ class OutputParser:
     def reasoning(self) -> bool:
         """True while the text that comes next belongs to the reasoning."""
         return self._reasoning
+
+    @property
+    def called(self) -> bool:
+        """True once a whole call has been read."""
+        return self._writer.any_whole
 
     def feed(self, text: str) -> list[OutputEvent]:
         """What ``text``, the next piece of the answer, makes certain."""
@@ -110,8 +116,7 @@ class OutputParser:
         found, risky = self._patterns((end,))
         if (yield from self._prose(found, risky)):
             yield from self._cursor.expect(end)
-        self._held = ""
-        self._reasoning = False
+        self._leave_reasoning()
         self._lead = True
 
     # -- answers in channels (harmony) -------------------------------------------------------------
@@ -126,10 +131,7 @@ class OutputParser:
             found, risky = self._patterns(both if in_message else openers)
             if not (yield from self._prose(found, risky)):
                 break
-            closed = False
-            for closer in channels.CLOSERS:
-                closed = closed or (yield from self._cursor.take(closer))
-            if closed:
+            if (yield from self._cursor.take_any_spaced(*channels.CLOSERS)):
                 self._leave_reasoning()
                 in_message = False
             else:
@@ -161,20 +163,14 @@ class OutputParser:
     def _end_of_call(self) -> Steps[None]:
         """What may follow a call's arguments; raises Malformed at anything else."""
         cursor = self._cursor
-        for closer in channels.CLOSERS:
-            if (yield from cursor.take_spaced(closer)):
-                break
-        else:
-            following = yield from cursor.peek_spaced()
-            if following and not (yield from cursor.follows_spaced(*channels.OPENERS)):
-                raise Malformed
+        closed = (yield from cursor.take_any_spaced(*channels.CLOSERS)) or not (yield from cursor.peek_spaced())
+        if not closed and not (yield from cursor.follows_spaced(*channels.OPENERS)):
+            raise Malformed
         self._writer.close()
 
     def _leave_reasoning(self) -> None:
-        if self._reasoning:
-            self._held = ""
-            self._reasoning = False
-        self._lead = False
+        self._newlines = ""
+        self._reasoning = self._lead = False
 
     # -- text ---------------------------------------------------------------------------------------
 
@@ -206,20 +202,20 @@ class OutputParser:
 
         Newlines around reasoning go. White space beside calls goes at the ends of the answer and stays between words.
         """
-        piece = self._held + piece
-        self._held = ""
         if self._lead:
             piece = piece.lstrip("\n")
             self._lead = not piece
         if self._reasoning:
+            piece = self._newlines + piece
             body = piece.rstrip("\n")
-            self._held = piece[len(body) :]
+            self._newlines = piece[len(body) :]
             if body:
                 self._thought = True
                 self._writer.events.append(Reasoning(body))
             return
+        piece = self._space + piece
         body = piece.rstrip() if self._drops_space else piece
-        self._held = piece[len(body) :]
+        self._space = piece[len(body) :]
         if self._writer.any_whole and not self._said:
             body = body.lstrip()
         if body:
@@ -228,9 +224,8 @@ class OutputParser:
 
     def _end_of_text(self) -> None:
         """The white space held back is the answer's own if no call stands beside it."""
-        if self._held and not self._writer.any_whole:
-            self._writer.events.append(Text(self._held))
-        self._held = ""
+        if self._space and not self._writer.any_whole:
+            self._writer.events.append(Text(self._space))
 
     def _patterns(self, literals: Sequence[str]) -> tuple[re.Pattern[str], re.Pattern[str]]:
         spaces = r"\n" if self._reasoning else r"\s" if self._drops_space else ""
@@ -238,10 +233,10 @@ class OutputParser:
 
     def _note_plain(self, risky: re.Pattern[str]) -> None:
         """Remember whether a piece without anything risky in it may pass as it is."""
-        if self._cursor.text or self._held or self._lead:
+        if self._cursor.text or self._lead:
             return
         if self._reasoning:
-            self._plain = Reasoning if self._thought else None
-        else:
-            self._plain = Text if self._said or not self._drops_space else None
+            self._plain = Reasoning if self._thought and not self._newlines else None
+        elif not self._drops_space or (self._said and not self._space):
+            self._plain = Text
         self._risky = risky

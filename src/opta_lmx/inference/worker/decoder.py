@@ -60,12 +60,14 @@ class BatchDecoder:
         cache, report = self._known(tokens)
         self.prefills.add(Prefill([sequence], tokens, cache, done=report.hit_tokens))
 
-    def fits(self, rows: int, tokens: int) -> bool:
+    def fits(self, rows: int, tokens: int, hoped: tuple[int, int] = (0, 0)) -> bool:
         """True if the grant covers everybody once ``rows`` more sequences of ``tokens`` tokens have joined.
 
-        Asks the server for more if it does not.
+        Asks the server for more if it does not: at once for ``hoped`` (rows, tokens), all those in line.
         """
-        return self._books.allows(self._need(rows, tokens, _GROWTH_TOKENS))
+        return self._books.allows(
+            self._need(rows, tokens, _GROWTH_TOKENS), self._need(*hoped, _GROWTH_TOKENS) if hoped[0] else 0
+        )
 
     def make_room(self) -> list[Sequence]:
         """Ask for more in time; if the next token would not fit, take the newest sequences out of the batch."""

@@ -14,13 +14,16 @@ from transformers import AutoTokenizer
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
 from opta_lmx.inference.protocol import Embed, Embedded, Failed, Generate, Load, Rank, Ranked
 from opta_lmx.inference.worker.backend import Prepared, PreparedInputs, StepResult
-from opta_lmx.inference.worker.embedding_config import SentenceConfig, normalised, pool, read_sentence_config
+from opta_lmx.inference.worker.embedding_config import normalised, pool, read_sentence_config
 from opta_lmx.inference.worker.embedding_inputs import InputReader, Row, batches
-from opta_lmx.inference.worker.embedding_model import PREFIXES, Encoder, EncoderShape, checkpoint_names, read_shape
+from opta_lmx.inference.worker.embedding_model import PREFIXES, Encoder, EncoderShape, read_shape
 from opta_lmx.inference.worker.load_errors import named_load_errors
 from opta_lmx.types import ModelFacts, TextPrompt
 
 Vectors = npt.NDArray[np.float32]
+
+# Every batch has another shape, so buffers are seldom used again.
+_BUFFER_CACHE_BYTES = 64 * 1024 * 1024
 
 _NOT_FINITE = "the model's output is not a number"
 
@@ -44,6 +47,9 @@ class EmbeddingBackend:
     def load(self, frame: Load) -> ModelFacts:
         """Load weights and tokenizer; raises LoadFailed with what is wrong with the files."""
         directory = Path(frame.path)
+        mx.set_cache_limit(_BUFFER_CACHE_BYTES)
+        if frame.options.memory_limit_bytes is not None:
+            mx.set_memory_limit(frame.options.memory_limit_bytes)
         with named_load_errors(frame.model_id):
             config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
             self._shape = shape = read_shape(config)
@@ -157,7 +163,7 @@ class EmbeddingBackend:
         if self._shape.head != "none":
             made = mx.sigmoid(self._model.scores(ids, types, mask).astype(mx.float32))[:, None]
         else:
-            made = pool(self._model(ids, types, mask), mask, self._sentence)
+            made = pool(self._model.states(ids, types, mask), mask, self._sentence)
         part = np.array(made)
         if job.results is None:
             job.results = np.empty((len(job.request.rows), part.shape[1]), np.float32)
@@ -178,12 +184,11 @@ class EmbeddingBackend:
 
 
 def _load_model(directory: Path, shape: EncoderShape, prefix: str) -> Encoder:
-    model = Encoder(shape)
     weights: dict[str, mx.array] = {}
     for file in sorted(directory.glob("model*.safetensors")):
         weights |= mx.load(str(file))  # type: ignore[arg-type]  # safetensors hold named arrays
-    model.load_weights(checkpoint_names(model, prefix, weights))
-    mx.eval(model.parameters())
+    model = Encoder(shape, weights, prefix)
+    mx.eval(weights)
     return model
 
 

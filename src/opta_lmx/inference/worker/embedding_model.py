@@ -3,19 +3,39 @@
 BERT: Devlin et al. 2018, post-norm. RoBERTa differs in where its positions begin and in its classification head.
 """
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
-from mlx import nn
-from mlx.utils import tree_flatten
 
 from opta_lmx.types import JsonObject
 
 # model_type -> the prefix of its tensors in checkpoints that have a head.
 PREFIXES = {"bert": "bert.", "roberta": "roberta.", "xlm-roberta": "roberta."}
 
-_ACTIVATIONS = {"gelu": nn.gelu, "gelu_new": nn.gelu_approx, "gelu_pytorch_tanh": nn.gelu_approx, "relu": nn.relu}
+
+def _gelu(x: mx.array) -> mx.array:
+    return x * (1 + mx.erf(x / math.sqrt(2))) / 2
+
+
+def _gelu_tanh(x: mx.array) -> mx.array:
+    return x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+_ACTIVATIONS: Mapping[str, Callable[[mx.array], mx.array]] = {
+    "gelu": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": lambda x: mx.maximum(x, 0),
+}
+
+_EMBEDDINGS = ("word", "token_type", "position")
+_ATTENTION = ("query", "key", "value")
+
+# The two projections of a cross-encoder's head, with tanh between them.
+_HEADS = {"bert": ("pooler.dense", "classifier"), "roberta": ("classifier.dense", "classifier.out_proj")}
 
 # LayerNorm's names in checkpoints that came from TensorFlow.
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -74,151 +94,102 @@ def _classifies(config: JsonObject) -> bool:
     return any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
 
 
-class _Embeddings(nn.Module):
-    """Word, position and type of each token, summed and normalised."""
+class Encoder:
+    """An encoder's tensors and its forward."""
 
-    def __init__(self, shape: EncoderShape) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(shape.vocab_size, shape.hidden)
-        self.position_embeddings = nn.Embedding(shape.positions, shape.hidden)
-        self.token_type_embeddings = nn.Embedding(shape.types, shape.hidden)
-        self.LayerNorm = nn.LayerNorm(shape.hidden, eps=shape.epsilon)
-        self._first_position = shape.first_position
+    def __init__(self, shape: EncoderShape, weights: Mapping[str, mx.array], prefix: str = "") -> None:
+        """``weights`` are a checkpoint's, those of other heads included; ``prefix`` may precede their names.
 
-    def __call__(self, ids: mx.array, types: mx.array) -> mx.array:
-        positions = mx.arange(self._first_position, self._first_position + ids.shape[1])
-        summed = self.word_embeddings(ids) + self.token_type_embeddings(types) + self.position_embeddings(positions)
-        return self.LayerNorm(summed)
+        Raises ValueError for a tensor that is missing or not of the shape that config.json gives it.
+        """
+        self._shape = shape
+        self._weights = _named(shape, weights, prefix)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(weight.nbytes for weight in self._weights.values())
 
-class _Heads(nn.Module):
-    """Attention of every token to every token that is not padding."""
+    def states(self, ids: mx.array, types: mx.array, mask: mx.array) -> mx.array:
+        """The last hidden states (rows, length, hidden). ``mask`` is False for padding, which comes at the end."""
+        x = self._embed(ids, types)
+        for number in range(self._shape.layers):
+            layer = f"encoder.layer.{number}"
+            attended = self._linear(self._attend(x, mask, f"{layer}.attention.self"), f"{layer}.attention.output.dense")
+            x = self._norm(attended + x, f"{layer}.attention.output.LayerNorm")
+            widened = _ACTIVATIONS[self._shape.activation](self._linear(x, f"{layer}.intermediate.dense"))
+            x = self._norm(self._linear(widened, f"{layer}.output.dense") + x, f"{layer}.output.LayerNorm")
+        return x
 
-    def __init__(self, shape: EncoderShape) -> None:
-        super().__init__()
-        self.query = nn.Linear(shape.hidden, shape.hidden)
-        self.key = nn.Linear(shape.hidden, shape.hidden)
-        self.value = nn.Linear(shape.hidden, shape.hidden)
-        self._heads = shape.heads
+    def scores(self, ids: mx.array, types: mx.array, mask: mx.array) -> mx.array:
+        """A cross-encoder's logit for each row, which its head makes of the first token."""
+        dense, output = _HEADS[self._shape.head]
+        first = self.states(ids, types, mask)[:, 0]
+        return self._linear(mx.tanh(self._linear(first, dense)), output)[:, 0]
 
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+    def _embed(self, ids: mx.array, types: mx.array) -> mx.array:
+        words, kinds, places = (self._weights[f"embeddings.{name}_embeddings.weight"] for name in _EMBEDDINGS)
+        begin = self._shape.first_position
+        return self._norm(words[ids] + kinds[types] + places[begin : begin + ids.shape[1]], "embeddings.LayerNorm")
+
+    def _attend(self, x: mx.array, mask: mx.array, name: str) -> mx.array:
+        """Every token looks at every token that is not padding."""
         rows, length, width = x.shape
-        per_head = (rows, length, self._heads, width // self._heads)
+        per_head = (rows, length, self._shape.heads, width // self._shape.heads)
         query, key, value = (
-            project(x).reshape(per_head).transpose(0, 2, 1, 3) for project in (self.query, self.key, self.value)
+            self._linear(x, f"{name}.{part}").reshape(per_head).transpose(0, 2, 1, 3) for part in _ATTENTION
         )
-        scale = (width // self._heads) ** -0.5
+        scale = per_head[-1] ** -0.5
         mixed = mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=mask[:, None, None, :])
         return mixed.transpose(0, 2, 1, 3).reshape(rows, length, width)
 
+    def _linear(self, x: mx.array, name: str) -> mx.array:
+        return mx.addmm(self._weights[f"{name}.bias"], x, self._weights[f"{name}.weight"].T)
 
-class _Added(nn.Module):
-    """A projection, added to what went into its block, and normalised."""
-
-    def __init__(self, shape: EncoderShape, width: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, shape.hidden)
-        self.LayerNorm = nn.LayerNorm(shape.hidden, eps=shape.epsilon)
-
-    def __call__(self, x: mx.array, before: mx.array) -> mx.array:
-        return self.LayerNorm(self.dense(x) + before)
+    def _norm(self, x: mx.array, name: str) -> mx.array:
+        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        return mx.fast.layer_norm(x, weight, bias, self._shape.epsilon)
 
 
-class _Attention(nn.Module):
-    def __init__(self, shape: EncoderShape) -> None:
-        super().__init__()
-        self.self = _Heads(shape)
-        self.output = _Added(shape, shape.hidden)
-
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        return self.output(self.self(x, mask), x)
-
-
-class _Intermediate(nn.Module):
-    def __init__(self, shape: EncoderShape) -> None:
-        super().__init__()
-        self.dense = nn.Linear(shape.hidden, shape.intermediate)
-        self._activate = _ACTIVATIONS[shape.activation]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._activate(self.dense(x))
-
-
-class _Layer(nn.Module):
-    def __init__(self, shape: EncoderShape) -> None:
-        super().__init__()
-        self.attention = _Attention(shape)
-        self.intermediate = _Intermediate(shape)
-        self.output = _Added(shape, shape.intermediate)
-
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        attended = self.attention(x, mask)
-        return self.output(self.intermediate(attended), attended)
-
-
-class _Layers(nn.Module):
-    def __init__(self, shape: EncoderShape) -> None:
-        super().__init__()
-        self.layer = [_Layer(shape) for _ in range(shape.layers)]
-
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        for layer in self.layer:
-            x = layer(x, mask)
-        return x
-
-
-class _Dense(nn.Module):
-    """BERT's pooler: the first token, projected."""
-
-    def __init__(self, shape: EncoderShape) -> None:
-        super().__init__()
-        self.dense = nn.Linear(shape.hidden, shape.hidden)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.tanh(self.dense(x))
-
-
-class _RobertaHead(_Dense):
-    def __init__(self, shape: EncoderShape) -> None:
-        super().__init__(shape)
-        self.out_proj = nn.Linear(shape.hidden, 1)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.out_proj(super().__call__(x))
-
-
-class Encoder(nn.Module):
-    """The layers, and the head of a cross-encoder where there is one."""
-
-    def __init__(self, shape: EncoderShape) -> None:
-        super().__init__()
-        self.embeddings = _Embeddings(shape)
-        self.encoder = _Layers(shape)
-        if shape.head == "bert":
-            self.pooler = _Dense(shape)
-            self.classifier = nn.Linear(shape.hidden, 1)
-        elif shape.head == "roberta":
-            self.classifier = _RobertaHead(shape)
-        self._head = shape.head
-
-    def __call__(self, ids: mx.array, types: mx.array, mask: mx.array) -> mx.array:
-        """The last hidden states (rows, length, hidden). ``mask`` is False for padding, which comes at the end."""
-        return self.encoder(self.embeddings(ids, types), mask)
-
-    def scores(self, ids: mx.array, types: mx.array, mask: mx.array) -> mx.array:
-        """A cross-encoder's logit for each row."""
-        first = self(ids, types, mask)[:, 0]
-        return self.classifier(self.pooler(first) if self._head == "bert" else first)[:, 0]
-
-
-def checkpoint_names(model: Any, prefix: str, weights: dict[str, mx.array]) -> list[tuple[str, mx.array]]:
-    """The tensors of a checkpoint that ``model`` has, under the model's own names."""
-    wanted = dict(tree_flatten(model.parameters()))
-    named = []
+def _named(shape: EncoderShape, weights: Mapping[str, mx.array], prefix: str) -> dict[str, mx.array]:
+    """The tensors the forward uses, under their names without prefix."""
+    given = {}
     for name, weight in weights.items():
         own = name.removeprefix(prefix)
         for old, new in _OLD_NAMES.items():
             own = own.replace(old, new)
-        if own in wanted:
-            named.append((own, weight))
-    return named
+        given[own] = weight
+    expected = _expected(shape)
+    for name, dimensions in expected.items():
+        if name not in given:
+            raise ValueError(f"the tensor {name} is missing")
+        if given[name].shape != dimensions:
+            raise ValueError(f"the tensor {name} has the shape {given[name].shape}, not {dimensions}")
+    return {name: given[name] for name in expected}
+
+
+def _expected(shape: EncoderShape) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor the forward uses, by name."""
+    hidden, wide = shape.hidden, shape.intermediate
+    counts = (shape.vocab_size, shape.types, shape.positions)
+    tables = {
+        f"embeddings.{name}_embeddings.weight": (rows, hidden) for name, rows in zip(_EMBEDDINGS, counts, strict=True)
+    }
+    norms = ["embeddings.LayerNorm"]
+    linears: dict[str, tuple[int, int]] = {}
+    for number in range(shape.layers):
+        layer = f"encoder.layer.{number}"
+        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+        linears |= {f"{layer}.attention.self.{part}": (hidden, hidden) for part in _ATTENTION}
+        linears[f"{layer}.attention.output.dense"] = (hidden, hidden)
+        linears[f"{layer}.intermediate.dense"] = (wide, hidden)
+        linears[f"{layer}.output.dense"] = (hidden, wide)
+    if shape.head in _HEADS:
+        dense, output = _HEADS[shape.head]
+        linears |= {dense: (hidden, hidden), output: (1, hidden)}
+    expected: dict[str, tuple[int, ...]] = dict(tables)
+    for name in norms:
+        expected |= {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
+    for name, (rows, columns) in linears.items():
+        expected |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    return expected

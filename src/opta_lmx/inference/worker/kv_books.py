@@ -9,6 +9,9 @@ from opta_lmx.inference.worker.geometry import CacheGeometry
 # mlx-lm grows a cache by this many tokens at a time.
 _STEP_TOKENS = 256
 
+# Asked for on top of what is needed, but at most as much again: a question costs a step, and work rarely stops growing.
+_SPARE_BYTES = 256 * 1024**2
+
 
 class KvBooks:
     """Pure arithmetic over the model's cache shapes. A budget of None has no bound."""
@@ -19,6 +22,7 @@ class KvBooks:
         self._granted = budget_bytes
         self._asked: int | None = None
         self._question: int | None = None
+        self._needed = 0
         self._denied: int | None = None
 
     def need(self, rows: int, longest_tokens: int) -> int:
@@ -26,14 +30,19 @@ class KvBooks:
         length = -(-longest_tokens // _STEP_TOKENS) * _STEP_TOKENS
         return rows * self.shape.bytes_for(length)
 
-    def allows(self, need_bytes: int) -> bool:
-        """True if the grant covers ``need_bytes``; if not, the server is asked, unless it has just refused as much."""
+    def allows(self, need_bytes: int, hoped_bytes: int = 0) -> bool:
+        """True if the grant covers ``need_bytes``; if not, the server is asked, unless it has just refused as much.
+
+        The question is for ``hoped_bytes`` if that is more: one answer then serves everybody in line.
+        """
         if self.covers(need_bytes):
             return True
         if self._denied is not None and need_bytes >= self._denied:
             return False
         if self._asked is None or need_bytes > self._asked:
-            self._asked = self._question = need_bytes
+            wanted = max(need_bytes, hoped_bytes)
+            self._asked = self._question = wanted + min(wanted, _SPARE_BYTES)
+            self._needed = need_bytes
         return False
 
     def covers(self, need_bytes: int) -> bool:
@@ -52,8 +61,8 @@ class KvBooks:
 
     def grant(self, granted_bytes: int) -> None:
         """The server's answer; it may be less than what was asked."""
-        if self._asked is not None and granted_bytes < self._asked:
-            self._denied = self._asked
+        if self._asked is not None and granted_bytes < self._needed:
+            self._denied = self._needed
         self._granted, self._asked = granted_bytes, None
 
     def ask_again(self) -> None:

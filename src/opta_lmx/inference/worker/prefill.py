@@ -15,6 +15,9 @@ from opta_lmx.inference.worker.sequence import Sequence
 _SMALLEST_CHUNK = 16
 # With nobody decoding, a chunk delays only cancellations and newcomers; they may wait this many stall bounds.
 _QUIET_FACTOR = 4.0
+# Beside decoding, the step that completes a prompt also keeps its prefix and merges its cache with the others': the
+# chunk leaves an eighth of its time to that.
+_BESIDE_DECODING = 7 / 8
 # Shortest first would starve a long prompt under a stream of short ones: every so many chunks the oldest goes.
 _OLDEST_EVERY = 4
 # Prompts share a forward if the longest has at most this many times the tokens of the shortest: padding costs too.
@@ -59,7 +62,8 @@ class ChunkPolicy:
         if self._seconds_per_token is None:
             return min(self._largest, _SMALLEST_CHUNK * 4)
         seconds = self._bound if decoding else self._bound * _QUIET_FACTOR
-        return max(_SMALLEST_CHUNK, min(self._largest, int(seconds / self._seconds_per_token)))
+        largest = self._largest * _BESIDE_DECODING if decoding else self._largest
+        return max(_SMALLEST_CHUNK, int(min(largest, seconds / self._seconds_per_token)))
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn from a chunk; tiny ones say little about the cost of a token."""

@@ -233,13 +233,15 @@ def _thresholds(
 ) -> tuple[Logits, npt.NDArray[np.intp]]:
     """The smallest weight each row keeps, and how many it keeps; a set wider than the candidates is found by a sort."""
     size = weights.shape[-1]
-    width = min(size, max(_CANDIDATES, int(top_k[top_k < size].max(initial=0)) + 1))
+    bounded = top_k < size
+    most = int(top_k[bounded].max(initial=0)) + 1
+    width = min(size, most if bounded.all() else max(_CANDIDATES, most))
     while True:
         found = weights if width == size else np.partition(weights, size - width, axis=-1)[:, size - width :]
         best = np.sort(found, axis=-1)[:, ::-1].astype(np.float64)
         within = np.arange(width) < top_k[:, None]
         mass = np.cumsum(np.where(within, best, 0.0), axis=-1)
-        total = np.where(top_k < size, mass[:, -1], weights.sum(axis=-1, dtype=np.float64))
+        total = mass[:, -1] if bounded.all() else np.where(bounded, mass[:, -1], weights.sum(axis=-1, dtype=np.float64))
         keep = within & (mass - best < (top_p * total)[:, None]) & (best >= min_p[:, None] * best[:, :1]) & (best > 0)
         count = np.maximum(keep.sum(axis=-1), 1)
         if width == size or (count < width).all():

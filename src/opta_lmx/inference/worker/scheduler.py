@@ -136,7 +136,7 @@ class LmxScheduler(Scheduler):  # type: ignore[misc]
                 break
             if decoder.should_wait(request.prepared):
                 continue
-            if not decoder.fits(rows, len(request.prepared.token_ids)):
+            if not decoder.fits(rows, len(request.prepared.token_ids), self._hoped()):
                 if busy or self._books.waiting:
                     break
                 refused.append(self._refuse(request))
@@ -144,6 +144,17 @@ class LmxScheduler(Scheduler):  # type: ignore[misc]
             self.waiting.remove(request)
             started.append(self._begin(request))
         return started, refused
+
+    def _hoped(self) -> tuple[int, int]:
+        """Rows and longest prompt of the requests in line that there are places for."""
+        rows, longest = 0, 0
+        places = self._options.max_running - len(self.batch_generator)
+        for request in self.waiting:
+            if rows + len(request.sequences) > places:
+                break
+            rows += len(request.sequences)
+            longest = max(longest, len(request.prepared.token_ids))
+        return rows, longest
 
     def _begin(self, request: EngineRequest) -> Started:
         id, key = request.prepared.id, request.request_id

@@ -1,0 +1,111 @@
+"""POST /v1/embeddings: vectors of texts, as numbers or as base64."""
+
+from array import array
+from base64 import b64encode
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from anyio import CancelScope, create_task_group
+from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive
+
+from opta_lmx.api.errors import json_response
+from opta_lmx.api.openai.wire_text import EmbeddingList, EmbeddingsRequest, read_inputs
+from opta_lmx.api.openapi import request_body
+from opta_lmx.api.parsing import read_object
+from opta_lmx.api.services import Services
+from opta_lmx.api.validation import missing, validate
+from opta_lmx.errors import InvalidRequest
+from opta_lmx.inference.embedding import EmbedRequest
+from opta_lmx.types import TextPrompt
+
+Result = TypeVar("Result")
+
+router = APIRouter()
+
+_FLOAT_BYTES = 4
+
+
+@router.post(
+    "/v1/embeddings",
+    tags=["OpenAI"],
+    responses={200: {"model": EmbeddingList}},
+    openapi_extra=request_body(EmbeddingsRequest),
+)
+async def create_embeddings(request: Request) -> Response:
+    """One vector for each input."""
+    body = await read_object(request)
+    # OpenAI answers this one case in its own words, and before it looks at anything else.
+    if not body.get("model"):
+        raise InvalidRequest("you must provide a model parameter")
+    embeddings = validate(EmbeddingsRequest, body)
+    services: Services = request.app.state.services
+    wanted = to_embed_request(embeddings, request.state.request_id)
+    model_id = services.engine.resolve(wanted.model)
+    answer = await while_connected(request.receive, lambda: services.engine.embed(wanted))
+    usage = {"prompt_tokens": answer.prompt_tokens, "total_tokens": answer.prompt_tokens}
+    write = _to_base64 if embeddings.encoding_format == "base64" else _to_numbers
+    data = [
+        {"object": "embedding", "index": index, "embedding": write(vector)}
+        for index, vector in enumerate(_parts(answer.vectors, answer.dimensions * _FLOAT_BYTES))
+    ]
+    return json_response({"object": "list", "data": data, "model": model_id, "usage": usage})
+
+
+def to_embed_request(embeddings: EmbeddingsRequest, request_id: str) -> EmbedRequest:
+    """The request without OpenAI; raises InvalidRequest naming the input at fault."""
+    if embeddings.input is None:
+        raise missing("input")
+    inputs = read_inputs(embeddings.input, "input")
+    for at, given in enumerate(inputs):
+        if isinstance(given, TextPrompt) and not given.text:
+            param = "input" if isinstance(embeddings.input, str) else f"input[{at}]"
+            raise InvalidRequest(
+                f"Invalid {param!r}: string too short. Expected a string with minimum length 1, "
+                "but got a string with length 0 instead.",
+                param=param,
+                code="string_below_min_length",
+            )
+    return EmbedRequest(request_id, embeddings.model, tuple(inputs), embeddings.dimensions)
+
+
+def _parts(vectors: bytes, size: int) -> list[bytes]:
+    return [vectors[start : start + size] for start in range(0, len(vectors), size)]
+
+
+def _to_base64(vector: bytes) -> str:
+    return b64encode(vector).decode("ascii")
+
+
+def _to_numbers(vector: bytes) -> list[float]:
+    # Every machine this runs on is little-endian, as the bytes are.
+    return array("f", vector).tolist()
+
+
+async def while_connected(receive: Receive, work: Callable[[], Awaitable[Result]]) -> Result:
+    """What ``work`` gives; a client who leaves cancels it at once, and ClientDisconnect is raised then.
+
+    ``receive`` must be the request's own, its body already read. Raises what ``work`` raises.
+    """
+    done: list[Result] = []
+
+    async def watch(scope: CancelScope) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        scope.cancel()
+
+    try:
+        async with create_task_group() as tasks:
+            tasks.start_soon(watch, tasks.cancel_scope)
+            done.append(await work())
+            tasks.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # The group's wrapping is an accident of the watcher; callers want the error itself.
+        if len(group.exceptions) > 1:
+            raise
+        raise group.exceptions[0] from None
+    if not done:
+        raise ClientDisconnect
+    return done[0]

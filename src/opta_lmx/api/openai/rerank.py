@@ -1,0 +1,45 @@
+"""POST /v1/rerank, as Jina and Cohere have it: documents by how relevant they are to a query."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from opta_lmx.api.errors import json_response
+from opta_lmx.api.openai.embeddings import while_connected
+from opta_lmx.api.openai.wire_text import RerankAnswer, RerankRequest
+from opta_lmx.api.openapi import request_body
+from opta_lmx.api.parsing import read_object
+from opta_lmx.api.services import Services
+from opta_lmx.api.validation import validate
+from opta_lmx.errors import InvalidRequest
+from opta_lmx.inference.embedding import RankRequest
+from opta_lmx.types import JsonObject
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/rerank",
+    tags=["Rerank"],
+    responses={200: {"model": RerankAnswer}},
+    openapi_extra=request_body(RerankRequest),
+)
+async def rerank(request: Request) -> Response:
+    """Order documents by relevance: a cross-encoder's scores (0 to 1), or an embedding model's cosines (-1 to 1)."""
+    body = await read_object(request)
+    if not body.get("model"):
+        raise InvalidRequest("you must provide a model parameter")
+    asked = validate(RerankRequest, body)
+    services: Services = request.app.state.services
+    model_id = services.engine.resolve(asked.model)
+    texts = tuple(document if isinstance(document, str) else document.text for document in asked.documents)
+    wanted = RankRequest(request.state.request_id, asked.model, asked.query, texts)
+    answer = await while_connected(request.receive, lambda: services.engine.rank(wanted))
+    # Of equal scores the earlier document comes first.
+    best = sorted(range(len(texts)), key=lambda index: -answer.scores[index])[: asked.top_n]
+    results: list[JsonObject] = [{"index": index, "relevance_score": answer.scores[index]} for index in best]
+    if asked.return_documents:
+        for result in results:
+            result["document"] = {"text": texts[result["index"]]}
+    usage = {"prompt_tokens": answer.prompt_tokens, "total_tokens": answer.prompt_tokens}
+    answered = {"id": f"rerank-{request.app.state.new_id()}", "object": "list", "model": model_id}
+    return json_response({**answered, "results": results, "usage": usage})
