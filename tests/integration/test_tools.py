@@ -1,4 +1,4 @@
-"""Tool calls, reasoning and forms of answer from a real model: its weights are random, so only the server can be right."""
+"""Tool calls, reasoning and forms of answer from a model of random weights: what is right is the server's doing."""
 
 import json
 from collections.abc import Callable

@@ -10,6 +10,7 @@ from opta_lmx.config import MemoryConfig
 from opta_lmx.errors import MemoryLimit
 from opta_lmx.manager.eviction import Resident
 from opta_lmx.manager.memory import (
+    SMALL_KV_BYTES,
     WORKER_OVERHEAD_BYTES,
     Bound,
     Ledger,
@@ -59,6 +60,13 @@ def test_kv_reserve_is_at_most_its_fraction_of_the_weights() -> None:
     """A context that would cost more than the fraction of the weights does not refuse the model."""
     files = model_files("a", 10, layers=80, kv_heads=8, head_dim=128, context_length=131072)
     assert load_need(files, None, 0.1).kv_bytes == files.weights_bytes // 10
+
+
+def test_a_small_model_is_not_reserved_less_than_a_prompt_needs() -> None:
+    """A tenth of 100 MB would be used up by one chat; what it gets is bounded by one full context all the same."""
+    facts = {"layers": 30, "kv_heads": 3, "head_dim": 64, "weights_bytes": 100_000_000}
+    assert load_need(model_files("a", 1, context_length=8192, **facts), None, 0.1).kv_bytes == SMALL_KV_BYTES
+    assert load_need(model_files("a", 1, context_length=512, **facts), None, 0.1).kv_bytes == 30 * 3 * 64 * 4 * 512
 
 
 @pytest.mark.parametrize("unknown", ["layers", "kv_heads", "head_dim", "context_length"])

@@ -66,6 +66,8 @@ _SERVER_FRAMES: list[FromServer] = [
     protocol.Generate(1, "req", _CHAT, _SAMPLING, Structured("json_schema", {"type": "object"})),
     protocol.Generate(2, "req", TextPrompt(" "), SamplingParams()),
     protocol.Generate(3, "req", TokenPrompt([0, 2**63 - 1]), SamplingParams(), Structured("regex", "a+")),
+    protocol.Embed(4, [TextPrompt("é"), TokenPrompt([1, 2])], 64),
+    protocol.Rank(5, "query", ["one", "two"]),
     protocol.Cancel(4),
     protocol.KvGrant(1 << 40),
     protocol.Stop(),
@@ -79,6 +81,8 @@ _WORKER_FRAMES: list[FromWorker] = [
     protocol.Failed(3, "it failed"),
     protocol.Step(9, 2, 1, [(1, Delta(0, "é", 1)), (2, Delta(1, "", 2, FinishReason.LENGTH, [_LOGPROB]))]),
     protocol.KvWant(1 << 41),
+    protocol.Embedded(4, bytes(range(256)), 64, 7),
+    protocol.Ranked(5, [0.5, -1.0], 9),
     protocol.Idle(10, 123, 456),
 ]
 

@@ -20,6 +20,9 @@ from opta_lmx.types import LoadOptions, MemoryProbe, MemoryReading, ModelFiles
 # Python 3.11, MLX 0.32).
 WORKER_OVERHEAD_BYTES = 110 * 1024 * 1024
 
+# What a worker may use for KV before it has to ask; a tenth of a small model's weights would be used up by one prompt.
+SMALL_KV_BYTES = 64 * 1024 * 1024
+
 # K and V, two bytes each: the KV cache is kept in float16 or bfloat16 unless a load asks for fewer bits.
 _KV_BYTES_PER_ELEMENT_PAIR = 2 * 2
 
@@ -149,14 +152,15 @@ def load_need(
     Weights are the exact sum of the tensors (the file's size for a GGUF not imported yet). KV is set aside for one
     sequence of ``context_length`` tokens (the model's own where None) but for at most ``kv_reserve_fraction`` of the
     weights: a 128k context would otherwise cost as much as the model and refuse what serves everyday prompts well.
-    Where the cache's shape or the context is unknown, it is that fraction.
+    A small model gets SMALL_KV_BYTES of it in any case. Where the cache's shape or the context is unknown, it is that
+    fraction.
     """
     weights = files.weights_bytes or files.size_bytes
     kv = int(weights * kv_reserve_fraction)
     tokens = context_length or files.context_length
     if tokens and files.layers and files.kv_heads and files.head_dim:
         per_token = files.layers * files.kv_heads * files.head_dim * _KV_BYTES_PER_ELEMENT_PAIR
-        kv = min(kv, per_token * tokens)
+        kv = min(max(kv, SMALL_KV_BYTES), per_token * tokens)
     return LoadNeed(weights, kv, WORKER_OVERHEAD_BYTES, prefix_cache_bytes)
 
 

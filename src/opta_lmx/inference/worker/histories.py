@@ -40,16 +40,18 @@ def with_objects(messages: Sequence[JsonObject]) -> list[JsonObject]:
 
 
 def normalised(messages: Sequence[JsonObject]) -> list[JsonObject]:
-    """One system message, at the beginning; no empty turns; no two turns of one role in a row but tools' results."""
-    system = [message["content"] for message in messages if message["role"] == "system" and message["content"]]
-    history: list[JsonObject] = [{"role": "system", "content": _PARAGRAPH.join(system)}] if system else []
+    """One system message, at the beginning, no empty turns, and no two turns of one role in a row but tools' results.
+
+    Every message has a role, and content that is a text or nothing.
+    """
+    system = _PARAGRAPH.join(_text(message) for message in messages if message["role"] == "system" and _text(message))
+    history: list[JsonObject] = [{"role": "system", "content": system}] if system else []
     for message in messages:
         role = message["role"]
-        if role == "system" or not (message["content"] or message.get("tool_calls") or role == "tool"):
+        if role == "system" or not (_text(message) or message.get("tool_calls") or role == "tool"):
             continue
-        last = history[-1] if history else None
-        if last is not None and last["role"] == role != "tool":
-            history[-1] = _merged(last, message)
+        if history and history[-1]["role"] == role != "tool":
+            history[-1] = _merged(history[-1], message)
         else:
             history.append(message)
     return [_with_short_ids(message) for message in history]
@@ -60,7 +62,12 @@ def without_system(messages: Sequence[JsonObject]) -> list[JsonObject]:
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return list(messages)
     system, user, *rest = messages
-    return [{**user, "content": system["content"] + _PARAGRAPH + user["content"]}, *rest]
+    return [{**user, "content": system["content"] + _PARAGRAPH + _text(user)}, *rest]
+
+
+def _text(message: JsonObject) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
 
 
 def _with_object(call: JsonObject) -> JsonObject:
@@ -76,7 +83,7 @@ def _with_object(call: JsonObject) -> JsonObject:
 
 
 def _merged(first: JsonObject, second: JsonObject) -> JsonObject:
-    content = _PARAGRAPH.join(text for text in (first["content"], second["content"]) if text)
+    content = _PARAGRAPH.join(filter(None, (_text(first), _text(second))))
     calls = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
     return {**first, **second, "content": content, **({"tool_calls": calls} if calls else {})}
 

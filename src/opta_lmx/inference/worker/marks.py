@@ -46,17 +46,14 @@ class Marks:
 
     def in_reasoning(self, token_ids: list[int]) -> bool:
         """True if a prompt ends with the mark that opens reasoning, white space aside."""
-        if not self._start:
-            return False
-        tail: str = self._tokenizer.decode(
-            token_ids[-_TAIL_TOKENS:], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return tail.rstrip().endswith(self._start)
+        return self._ends_with(token_ids, self._start)
 
-    def gate(self, *, in_reasoning: bool, or_call: bool) -> "Gate":
-        """What a grammar waits behind, for one choice."""
-        block = ReasoningBlock(self._table, self._start, self._end, is_open=in_reasoning)
-        return Gate(block, self._thinks_at, self._calls_at if or_call else frozenset())
+    def gate(self, token_ids: list[int], *, or_call: bool) -> "Gate":
+        """What a grammar waits behind, for one choice that follows this prompt."""
+        block = ReasoningBlock(self._table, self._start, self._end, is_open=self.in_reasoning(token_ids))
+        # A template told not to think writes an empty block.
+        thinks_at = frozenset[int]() if self._ends_with(token_ids, self._end) else self._thinks_at
+        return Gate(block, thinks_at, self._calls_at if or_call else frozenset())
 
     def budget(self, tokens: int, *, in_reasoning: bool) -> "ThinkingBudget | None":
         """The processor that ends reasoning after so many tokens, for one choice; None if the model has no marks."""
@@ -65,6 +62,14 @@ class Marks:
         return ThinkingBudget(
             tokens, ReasoningBlock(self._table, self._start, self._end, is_open=in_reasoning), self._closing
         )
+
+    def _ends_with(self, token_ids: list[int], mark: str) -> bool:
+        if not mark:
+            return False
+        tail: str = self._tokenizer.decode(
+            token_ids[-_TAIL_TOKENS:], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return tail.rstrip().endswith(mark)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []

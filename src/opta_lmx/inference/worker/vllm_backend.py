@@ -98,16 +98,16 @@ class VllmBackend:
         grammar = None
         if frame.structured is not None:
             matcher, or_call = self._grammars.compile(frame.structured), frame.structured.or_call
-            grammar = partial(self._new_grammar, matcher, in_reasoning, or_call)
+            grammar = partial(self._new_grammar, matcher, token_ids, or_call)
         room = context - len(token_ids)
         wanted = room if sampling.max_tokens is None else sampling.max_tokens
         return Prepared(
             frame.id, frame.request_id, token_ids, min(wanted, room), sampling, grammar, boundaries, in_reasoning
         )
 
-    def _new_grammar(self, matcher: LLMatcher, in_reasoning: bool, or_call: bool) -> Grammar:
+    def _new_grammar(self, matcher: LLMatcher, token_ids: list[int], or_call: bool) -> Grammar:
         """One choice's own place in a grammar."""
-        return Grammar(matcher.deep_copy(), self._marks.gate(in_reasoning=in_reasoning, or_call=or_call))
+        return Grammar(matcher.deep_copy(), self._marks.gate(token_ids, or_call=or_call))
 
     def add(self, request: Prepared) -> None:
         """Put a request in line for the batch."""

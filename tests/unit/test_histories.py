@@ -1,0 +1,103 @@
+"""Conversations as clients send them, in the forms that templates take."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opta_lmx.inference.worker.histories import histories, normalised, with_objects, without_system
+
+SYSTEM = {"role": "system", "content": "S"}
+USER = {"role": "user", "content": "U"}
+ASSISTANT = {"role": "assistant", "content": "A"}
+RESULT = {"role": "tool", "content": "42", "tool_call_id": "call_abcdefghijkl"}
+
+
+def calling(arguments: Any, content: str = "") -> dict[str, Any]:
+    """An assistant's turn with one call."""
+    call = {"id": "call_abcdefghijkl", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": content, "tool_calls": [call]}
+
+
+def test_the_clients_own_history_comes_first() -> None:
+    """A template that takes what was sent gets what was sent, and nothing is tried twice."""
+    assert next(histories([SYSTEM, USER])) == [SYSTEM, USER]
+    assert list(histories([USER])) == [[USER]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": [1]}', {"a": [1]}),
+        ("", {}),
+        ("{}", {}),
+        ("[1]", "[1]"),
+        ('"text"', '"text"'),
+        ('{"a": ', '{"a": '),
+        ("[" * 100_000, "[" * 100_000),
+        ({"a": 1}, {"a": 1}),
+    ],
+    ids=str,
+)
+def test_arguments_become_objects_where_they_are_some(text: Any, expected: Any) -> None:
+    """Templates print or walk through arguments as objects; what is no object stays the text it was."""
+    [message] = with_objects([calling(text)])
+    assert message["tool_calls"][0]["function"]["arguments"] == expected
+
+
+def test_arguments_are_also_offered_as_text() -> None:
+    """Templates that join texts get a text, second."""
+    first, second, *_ = histories([USER, calling("{}")])
+    assert first[1]["tool_calls"][0]["function"]["arguments"] == {}
+    assert second == [USER, calling("{}")]
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([USER, SYSTEM, ASSISTANT], [SYSTEM, USER, ASSISTANT]),
+        ([SYSTEM, USER, SYSTEM], [{"role": "system", "content": "S\n\nS"}, USER]),
+        ([USER, USER, ASSISTANT], [{"role": "user", "content": "U\n\nU"}, ASSISTANT]),
+        ([USER, {"role": "assistant", "content": ""}, USER], [{"role": "user", "content": "U\n\nU"}]),
+        ([USER, {"role": "assistant"}, USER], [{"role": "user", "content": "U\n\nU"}]),
+        ([{"role": "system", "content": ""}, USER], [USER]),
+        ([RESULT, RESULT], [{**RESULT, "tool_call_id": "defghijkl"}] * 2),
+    ],
+)
+def test_normalised(messages: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """System first, roles alternate, nothing empty; results of tools stay apart."""
+    assert normalised(messages) == expected
+
+
+def test_calls_of_neighbours_are_kept() -> None:
+    """Two turns of the assistant become one with the calls of both, and results still name their calls."""
+    [turn, result] = normalised([calling("{}", "a"), calling("[]", "b"), RESULT])
+    assert turn["content"] == "a\n\nb"
+    assert [call["function"]["arguments"] for call in turn["tool_calls"]] == ["{}", "[]"]
+    assert {call["id"] for call in turn["tool_calls"]} == {result["tool_call_id"]} == {"defghijkl"}
+
+
+def test_a_system_message_can_open_the_users_turn() -> None:
+    """For templates that know no system role."""
+    assert without_system([SYSTEM, USER, ASSISTANT]) == [{"role": "user", "content": "S\n\nU"}, ASSISTANT]
+    assert without_system([SYSTEM, ASSISTANT]) == [SYSTEM, ASSISTANT]
+
+
+turns = st.one_of(
+    st.builds(
+        lambda role, content: {"role": role, "content": content},
+        st.sampled_from(["system", "user", "assistant", "tool"]),
+        st.sampled_from(["", "x", "y"]),
+    ),
+    st.builds(calling, st.sampled_from(["{}", "", "no"]), st.sampled_from(["", "x"])),
+)
+
+
+@given(messages=st.lists(turns, max_size=8))
+def test_normalising_is_done_once_and_loses_no_word(messages: list[dict[str, Any]]) -> None:
+    """Doing it again changes nothing, and every text that was said is still there."""
+    once = normalised(messages)
+    assert normalised(once) == once
+    said = "".join(sorted(char for message in messages for char in message["content"]))
+    assert "".join(sorted(char for message in once for char in message["content"] if char != "\n")) == said
