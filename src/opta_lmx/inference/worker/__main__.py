@@ -22,6 +22,9 @@ from opta_lmx.inference.worker.backend import Backend, EncoderBackend, Prepared,
 
 _READ_BYTES = 1 << 16
 
+# After so long without work, memory kept for reuse goes back to the system; before, the next request may want it.
+_REST_SECONDS = 5.0
+
 Inbox = queue.SimpleQueue[
     protocol.Load | Prepared | PreparedInputs | protocol.Cancel | protocol.KvGrant | protocol.Stop
 ]
@@ -136,9 +139,12 @@ class Worker:
         block = not self._backend.has_work()
         while True:
             try:
-                frame = self._inbox.get(block=block)
+                frame = self._inbox.get(block, _REST_SECONDS)
             except queue.Empty:
-                return True
+                if not block:
+                    return True
+                self._backend.rest()
+                frame = self._inbox.get()
             if isinstance(frame, Prepared):
                 self._backend.add(frame)
             elif isinstance(frame, PreparedInputs) and isinstance(self._backend, EncoderBackend):

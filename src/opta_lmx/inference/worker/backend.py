@@ -78,6 +78,10 @@ class Backend(Protocol):
         """Sequences in the batch and sequences in line."""
         ...
 
+    def rest(self) -> None:
+        """Nothing has happened for a while: give back memory that is only kept for reuse."""
+        ...
+
     def memory(self) -> tuple[int, int]:
         """Bytes live in the backend, and bytes its prefix cache holds."""
         ...

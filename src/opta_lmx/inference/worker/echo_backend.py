@@ -164,6 +164,9 @@ class EchoBackend:
         """Sequences in the batch and sequences in line."""
         return len(self._running), len(self._waiting)
 
+    def rest(self) -> None:
+        """Nothing is kept."""
+
     def memory(self) -> tuple[int, int]:
         """Nothing: an echo model has neither weights nor a cache."""
         return 0, 0

@@ -142,6 +142,10 @@ class EmbeddingBackend:
         """Requests that are computed and requests in line."""
         return min(len(self._jobs), 1), max(len(self._jobs) - 1, 0)
 
+    def rest(self) -> None:
+        """Give back the buffers MLX keeps for reuse."""
+        mx.clear_cache()
+
     def memory(self) -> tuple[int, int]:
         """Bytes live in MLX; there is no cache."""
         return mx.get_active_memory(), 0
