@@ -55,7 +55,8 @@ class Rooms:
     """The catalog and the residency behind the engine.
 
     A lease is of ``worker``, or of a new one if that has died; ``stale`` of them come before its death is noticed.
-    ``on_disk`` is what the next ``refresh`` finds; ``may_load`` what the last lease was allowed.
+    ``on_disk`` is what the next ``refresh`` finds; ``may_load`` what the last lease was allowed; ``model_type`` is
+    every model's.
     """
 
     worker: ScriptedWorker
@@ -64,6 +65,7 @@ class Rooms:
     stale: int = 0
     refreshes: int = 0
     may_load: bool | None = None
+    model_type: str = "llama"
     listed: tuple[str, ...] = ("a", "b")
     on_disk: tuple[str, ...] = ("a", "b")
     failure: LmxError | None = None
@@ -76,7 +78,7 @@ class Rooms:
     async def ensure_local(self, model_id: str) -> ModelFiles:
         if self.missing is not None:
             raise self.missing
-        return model_files(model_id)
+        return model_files(model_id, model_type=self.model_type)
 
     def refresh(self) -> None:
         self.refreshes += 1

@@ -15,6 +15,8 @@ from opta_lmx.api.services import Services
 from opta_lmx.config import Config, MemoryConfig, Preset
 from opta_lmx.errors import LmxError
 from opta_lmx.inference.engine import InferenceEngine
+from opta_lmx.manager.download import DownloadManager
+from opta_lmx.manager.download_job import Download, DownloadState, FileProgress
 from opta_lmx.manager.memory import LoadNeed, MemoryMonitor
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.residency import LoadResult, Residency, ResidentModel, UnloadResult
@@ -198,6 +200,61 @@ class FixedResidency:
         return self.residents
 
 
+class ScriptedDownloads:
+    """A DownloadManager whose only download goes through ``states``; what was asked for is kept."""
+
+    def __init__(self) -> None:
+        self.states: Sequence[Download] = (download(),)
+        self.refusal: LmxError | None = None
+        self.started: list[tuple[str, str | None, Sequence[str] | None]] = []
+        self.cancelled: list[str] = []
+
+    async def start(self, repo_id: str, revision: str | None, allow_patterns: Sequence[str] | None) -> Download:
+        """The first state, or ``refusal``."""
+        self.started.append((repo_id, revision, allow_patterns))
+        if self.refusal is not None:
+            raise self.refusal
+        return self.states[0]
+
+    def list(self) -> tuple[Download, ...]:
+        """The one."""
+        return (self.states[0],)
+
+    def get(self, download_id: str) -> Download | None:
+        """The first state."""
+        return self.states[0] if download_id == self.states[0].id else None
+
+    async def events(self, download_id: str) -> AsyncIterator[Download]:
+        """All states."""
+        for state in self.states:
+            await anyio.lowlevel.checkpoint()
+            yield state
+
+    async def cancel(self, download_id: str) -> Download | None:
+        """The last state."""
+        self.cancelled.append(download_id)
+        return self.states[-1] if download_id == self.states[-1].id else None
+
+
+def download(
+    state: DownloadState = DownloadState.DOWNLOADING, done_bytes: int = 40, *, error: LmxError | None = None
+) -> Download:
+    """A download of one file of 100 bytes."""
+    return Download(
+        id="d1",
+        repo_id="acme/new",
+        revision=None,
+        commit="c0ffee",
+        state=state,
+        done_bytes=done_bytes,
+        total_bytes=100,
+        bytes_per_second=0.0 if state.is_last else 20.0,
+        eta_seconds=None if state.is_last else 3.0,
+        files=(FileProgress("model.safetensors", 100, done_bytes, verified=done_bytes == 100),),
+        error=error,
+    )
+
+
 class FixedProbe:
     """A machine of 16 GiB of which 4 GiB are used."""
 
@@ -215,6 +272,7 @@ class World:
     models: FixedModels
     residency: FixedResidency
     memory: MemoryMonitor
+    downloads: ScriptedDownloads = field(default_factory=ScriptedDownloads)
 
     @property
     def services(self) -> Services:
@@ -225,6 +283,7 @@ class World:
             models=cast(ModelManager, self.models),
             residency=cast(Residency, self.residency),
             memory=self.memory,
+            downloads=cast(DownloadManager, self.downloads),
             uptime=lambda: 12.5,
         )
 

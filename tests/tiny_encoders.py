@@ -16,6 +16,7 @@ Numbers: TypeAlias = npt.NDArray[np.float32]
 HIDDEN, HEADS, LAYERS, WIDE, POSITIONS = 32, 4, 2, 64, 48
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "boat", "sails", "home", "a", "ship", "bread", "is", "warm", "##s")
 _EPSILON = 1e-5
+_TYPES = {"bert": 2, "xlm-roberta": 1}
 
 
 def build_tiny_encoder(directory: Path, kind: Kind = "bert", *, pooling: str = "mean_tokens", seed: int = 0) -> Path:
@@ -37,7 +38,7 @@ def build_tiny_encoder(directory: Path, kind: Kind = "bert", *, pooling: str = "
         "num_hidden_layers": LAYERS,
         "intermediate_size": WIDE,
         "max_position_embeddings": POSITIONS,
-        "type_vocab_size": 2,
+        "type_vocab_size": _TYPES[family],
         "vocab_size": len(WORDS),
         "layer_norm_eps": _EPSILON,
         "hidden_act": "gelu",
@@ -87,7 +88,7 @@ def _weights(family: str, prefix: str, seed: int, *, cross: bool) -> dict[str, N
         add(f"{name}.weight", rows, columns)
         add(f"{name}.bias", rows)
 
-    for name, rows in (("word", len(WORDS)), ("position", POSITIONS), ("token_type", 2)):
+    for name, rows in (("word", len(WORDS)), ("position", POSITIONS), ("token_type", _TYPES[family])):
         add(f"{prefix}embeddings.{name}_embeddings.weight", rows, HIDDEN)
     norm(f"{prefix}embeddings.LayerNorm")
     for layer in range(LAYERS):
@@ -134,7 +135,8 @@ class Reference:
         """The last hidden states (length, hidden)."""
         tables = (self._get(f"embeddings.{name}_embeddings.weight") for name in ("word", "token_type", "position"))
         words, kinds, places = tables
-        x = words[ids] + kinds[types or [0] * len(ids)] + places[self._first : self._first + len(ids)]
+        kind = np.minimum(types or [0] * len(ids), len(kinds) - 1)
+        x = words[ids] + kinds[kind] + places[self._first : self._first + len(ids)]
         x = self._norm(x, "embeddings.LayerNorm")
         for layer in range(self.config["num_hidden_layers"]):
             at = f"encoder.layer.{layer}"

@@ -19,11 +19,14 @@ from opta_lmx.config import Config
 from opta_lmx.errors import LmxError
 from opta_lmx.inference.engine import InferenceEngine
 from opta_lmx.inference.spawner import WorkerSpawner
+from opta_lmx.manager.catalog import is_encoder
+from opta_lmx.manager.download import DownloadManager
 from opta_lmx.manager.memory import MemoryMonitor, SystemProbe
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.residency import Residency
 from opta_lmx.monitoring.logging import configure_logging, get_logger
-from opta_lmx.types import LoadOptions, ModelFiles
+from opta_lmx.monitoring.timing import RequestBook
+from opta_lmx.types import LoadOptions, ModelFiles, Worker, WorkerExit
 
 # Once the drain is over nothing should be open; a connection that is gets this long before it is cut.
 _CONNECTION_GRACE_SECONDS = 2
@@ -88,25 +91,30 @@ class Runtime:
         started = time.monotonic()
         self.config = config
         self.supervisor = Supervisor()
+        self.requests = RequestBook()
         self.memory = MemoryMonitor(config.memory, SystemProbe())
         self.models = ModelManager(config.models)
+        self.downloads = DownloadManager(config.downloads, config.models.directory, self.models, self.supervisor)
         self.spawner = WorkerSpawner(keep_spare=config.models.spare_worker, start_soon=self.supervisor.start_soon)
         self.residency = Residency(
             config=config.models,
             memory=self.memory,
-            spawn=self.spawner,
+            spawn=self._spawn,
             options=self._load_options,
             tasks=self.supervisor,
             auto_evict=config.memory.auto_evict_lru,
+            on_stop=self.requests.stopped,
         )
-        self.engine = InferenceEngine(config, self.models, self.residency)
+        self.engine = InferenceEngine(config, self.models, self.residency, requests=self.requests)
         self.services = Services(
             config=config,
             engine=self.engine,
             models=self.models,
             residency=self.residency,
             memory=self.memory,
+            downloads=self.downloads,
             uptime=lambda: time.monotonic() - started,
+            requests=self.requests,
         )
 
     def app(self) -> FastAPI:
@@ -144,6 +152,13 @@ class Runtime:
         except LmxError as error:
             _log.error(event, model=name, reason=str(error))
 
+    async def _spawn(self, model: ModelFiles, options: LoadOptions, on_exit: Callable[[WorkerExit], None]) -> Worker:
+        """As the spawner; the time of a load that succeeds goes into the books."""
+        started = time.monotonic()
+        worker = await self.spawner(model, options, on_exit)
+        self.requests.loaded(model.id, time.monotonic() - started)
+        return worker
+
     def _load_options(self, files: ModelFiles) -> LoadOptions:
         scheduling = self.config.scheduling
         per_model = self.config.models.per_model.get(files.id)
@@ -159,6 +174,8 @@ class Runtime:
 
     def _prefix_cache_bytes(self, files: ModelFiles) -> int:
         """One model's budget: the configured one, or a share of the memory cap that is no wild multiple of its size."""
+        if is_encoder(files):
+            return 0
         configured = self.config.scheduling.prefix_cache.ram_bytes
         if configured != "auto":
             return configured

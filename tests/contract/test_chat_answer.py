@@ -54,7 +54,7 @@ async def test_a_whole_answer_is_openais_to_the_key(client: httpx.AsyncClient) -
             }
         ],
         "usage": USAGE,
-        "system_fingerprint": None,
+        "system_fingerprint": "opta-lmx-0.1.0",
     }
 
 

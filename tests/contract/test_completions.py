@@ -208,7 +208,7 @@ async def test_a_whole_answer_is_openais_to_the_key(client: httpx.AsyncClient) -
         "model": "tiny",
         "choices": [{"index": 0, "text": "Hello.", "logprobs": None, "finish_reason": "stop"}],
         "usage": USAGE,
-        "system_fingerprint": None,
+        "system_fingerprint": "opta-lmx-0.1.0",
     }
 
 
@@ -217,7 +217,7 @@ async def test_a_stream_is_the_same_answer_in_pieces(client: httpx.AsyncClient, 
     world.engine.script = Script(text_deltas("Hel", "lo.", finish=FinishReason.LENGTH), cache=CacheReport(4, 4, "end"))
     *chunks, last = await streamed(client, stream_options={"include_usage": True})
     head = {"id": "cmpl-0123abcd", "object": "text_completion", "created": 1_700_000_000, "model": "tiny"}
-    common = head | {"system_fingerprint": None, "usage": None}
+    common = head | {"system_fingerprint": "opta-lmx-0.1.0", "usage": None}
     assert chunks == [
         common | {"choices": [{"index": 0, "text": "Hel", "logprobs": None, "finish_reason": None}]},
         common | {"choices": [{"index": 0, "text": "lo.", "logprobs": None, "finish_reason": "length"}]},
@@ -341,6 +341,18 @@ async def test_log_probabilities(client: httpx.AsyncClient, world: World) -> Non
     chunks = await streamed(client, logprobs=1)
     parts = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"]]
     assert {name: [item for part in parts for item in part[name]] for name in logprobs} == logprobs
+
+
+def test_a_client_who_leaves_closes_every_prompt(running: Running) -> None:
+    """The fixture waits for each generation's end."""
+    running.world.engine.script = Script([[Delta(0, "so far", 1)]], hangs=True)
+    body = {"model": "tiny", "prompt": ["a", "b", "c"], "stream": True}
+    with (
+        httpx.Client(base_url=running.url, trust_env=False) as client,
+        client.stream("POST", "/v1/completions", json=body) as response,
+    ):
+        assert next(response.iter_lines()).startswith("data: ")
+    assert len(running.world.engine.generations) == 3
 
 
 # -- the official client ------------------------------------------------------------------------------

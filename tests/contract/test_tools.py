@@ -216,9 +216,17 @@ async def test_other_choices_are_finished_first(client: httpx.AsyncClient, world
     choices = (await whole(client, n=2, parallel_tool_calls=False, **TOOLS))["choices"]
     assert [choice["finish_reason"] for choice in choices] == ["tool_calls", "stop"]
     assert choices[1]["message"]["content"] == "Hello."
-    assert not world.generation.stopped
     chunks = await choices_of(client, n=2, parallel_tool_calls=False, **TOOLS)
     assert [assembled(chunks, index).message for index in (0, 1)] == [choice["message"] for choice in choices]
+
+
+async def test_the_last_choice_to_end_ends_the_others(client: httpx.AsyncClient, world: World) -> None:
+    """A choice that has made its one call is not read to its own end."""
+    looks = [[Delta(0, CALL + SECOND, 2)], [Delta(1, "Hi", 1, FinishReason.STOP)], [Delta(0, "and so on", 9)]]
+    world.engine.script = Script([*looks, [Delta(0, "", 1, FinishReason.STOP)]], tool_format="hermes")
+    answer = await whole(client, n=2, parallel_tool_calls=False, **TOOLS)
+    assert world.generation.stopped
+    assert answer["usage"]["completion_tokens"] == 3
 
 
 async def test_legacy_calls_come_in_the_legacy_form(client: httpx.AsyncClient, world: World) -> None:

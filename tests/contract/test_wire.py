@@ -12,7 +12,7 @@ from tests.fakes import Script, text_deltas
 
 HEAD = (
     b'{"id":"chatcmpl-0123abcd","object":"chat.completion.chunk","created":1700000000,"model":"tiny",'
-    b'"system_fingerprint":null,"choices":['
+    b'"system_fingerprint":"opta-lmx-0.1.0","choices":['
 )
 
 GOLDEN = (

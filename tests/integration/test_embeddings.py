@@ -134,6 +134,18 @@ def test_an_input_means_the_same_alone_and_in_a_batch(tiny: Tiny) -> None:
     np.testing.assert_allclose(together[:5], together[5:10][::-1], atol=1e-5)
 
 
+def test_half_precision_is_close_to_full(tmp_path: Path) -> None:
+    """float16 weights are used as they are; sums over a row are not made in them."""
+    from safetensors.numpy import load_file, save_file
+
+    directory = build_tiny_encoder(tmp_path / "half")
+    full = Encoder(directory).vectors(TEXTS)
+    file = str(directory / "model.safetensors")
+    save_file({name: weight.astype(np.float16) for name, weight in load_file(file).items()}, file)
+    half = Encoder(directory)
+    np.testing.assert_allclose(half.vectors(TEXTS), full, atol=5e-3)
+
+
 def test_fewer_dimensions_are_the_first_ones_of_length_one(tiny: Tiny) -> None:
     """Cut and normalised again; the model's own size is the vector as it is, and more is refused."""
     encoder = tiny()

@@ -135,9 +135,12 @@ async def test_thinking_ends_with_its_budget(server: StartServer, thinker: Path,
             assert answer["choices"][0]["message"]["content"] == ""
             assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 12
         with subtests.test("the form or a call"):
-            body = {"tools": TOOLS, "response_format": form, "reasoning_effort": "none"}
-            answer = await whole(client, "thinker", **body)
+            call = Tokenizer.from_file(str(thinker / "tokenizer.json")).token_to_id("<tool_call>")
+            body = {"tools": TOOLS, "response_format": form, "reasoning_effort": "none", "max_tokens": 60}
+            answer = await whole(client, "thinker", **body, logit_bias={str(call): -100})
             jsonschema.validate(json.loads(answer["choices"][0]["message"]["content"]), CITY)
+            answer = await whole(client, "thinker", **body, logit_bias={str(call): 100})
+            assert answer["choices"][0]["message"]["content"].startswith("<tool_call>")
 
 
 async def test_a_schema_that_cannot_be_enforced_is_refused_by_name(server: StartServer, thinker: Path) -> None:

@@ -61,6 +61,9 @@ def server() -> Iterator[FakeServer]:
         def do_POST(self) -> None:
             self.do_GET()
 
+        def do_DELETE(self) -> None:
+            self.do_GET()
+
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""
 
@@ -131,10 +134,104 @@ def test_load_and_unload_name_the_model(server: FakeServer, capsys: pytest.Captu
     ]
 
 
-@pytest.mark.parametrize("argv", [["status"], ["ls"], ["ps"], ["load", "m"], ["unload", "m"]])
+@pytest.mark.parametrize(
+    ("command", "line", "sent", "said"),
+    [
+        (
+            "unload m --force",
+            "POST /admin/models/unload",
+            {"model_id": "m", "force": True},
+            "m unloaded, 0.5 GiB freed",
+        ),
+        ("pin a/b", "POST /admin/models/pin", {"model_id": "a/b"}, "a/b pinned"),
+        ("unpin a/b", "POST /admin/models/unpin", {"model_id": "a/b"}, "a/b unpinned"),
+        ("rm a/b+é", "DELETE /admin/models/a/b%2B%C3%A9", None, "a/b+é removed, 1.0 GiB freed"),
+        (
+            "lease m 90.5 --owner bot",
+            "POST /admin/leases",
+            {"model_id": "m", "seconds": 90.5, "owner": "bot"},
+            " as 77ab",
+        ),
+    ],
+)
+def test_a_change_is_asked_for_and_told(
+    server: FakeServer, capsys: pytest.CaptureFixture[str], command: str, line: str, sent: object, said: str
+) -> None:
+    """Each verb has its route and body, and says what was done in one line."""
+    server.answer({"memory_freed_gb": 0.5, "freed_bytes": 2**30, "lease_id": "77ab", "expires_at": 1_800_000_000.0})
+    assert main([*command.split(), "--url", server.url]) == ExitCode.DONE
+    assert capsys.readouterr().out.endswith(f"{said}\n")
+    assert [(seen_line, body) for seen_line, _, body in server.seen] == [(line, sent)]
+
+
+def test_a_lease_is_the_users_unless_said(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --owner the lease is in the name of $USER, or of the program where there is none."""
+    server.answer({"lease_id": "1", "expires_at": 0.0})
+    for user in ("ann", ""):
+        monkeypatch.setenv("USER", user)
+        assert main(["lease", "m", "1", "--url", server.url]) == ExitCode.DONE
+    assert [body["owner"] for _, _, body in server.seen] == ["ann", "opta-lmx"]
+
+
+def test_plan_draws_memory(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """plan posts the model and its context, and prints a plain bar where there is no terminal."""
+    gib = 2**30
+    plan = dict.fromkeys(("overhead_bytes", "kv_bytes", "prefix_cache_bytes", "reserved_bytes"), 0)
+    plan |= {"total_bytes": 10 * gib, "limit_bytes": 9 * gib, "used_bytes": gib, "weights_bytes": 2 * gib}
+    plan |= {"need_bytes": 2 * gib, "free_bytes": 8 * gib}
+    server.answer({**plan, "model_id": "m", "verdict": "fits", "would_evict": []})
+    assert main(["plan", "m", "--context-length", "512", "--url", server.url]) == ExitCode.DONE
+    headline, bar, *_ = capsys.readouterr().out.splitlines()
+    assert headline == "m fits"
+    assert set(bar) == set("[#W.|]")
+    assert server.seen[0][0] == "POST /admin/models/plan"
+    assert server.seen[0][2] == {"model_id": "m", "context_length": 512}
+
+
+def test_verify_fails_with_the_files_that_are_wrong(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """All files are listed, hashes for those that differ; the exit code says whether there are any."""
+    files = [
+        {"name": "a.json", "verdict": "verified", "expected_sha256": "11", "actual_sha256": "11"},
+        {"name": "b.json", "verdict": "different", "expected_sha256": "22", "actual_sha256": "33"},
+    ]
+    models = [
+        {"model_id": "m", "verdict": "mismatch", "files": files},
+        {"model_id": "n", "verdict": "unrecorded", "files": []},
+    ]
+    server.answer({"success": False, "models": models})
+    assert main(["verify", "--url", server.url]) == ExitCode.REFUSED
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        "model  file    verdict     expected  actual",
+        "m      a.json  verified    -         -",
+        "m      b.json  different   22        33",
+        "n      -       unrecorded  -         -",
+    ]
+    assert captured.err.startswith("error: not all files are what models.lock says\nhint: ")
+    server.answer({"success": True, "models": models[1:]})
+    assert main(["verify", "n", "--url", server.url]) == ExitCode.DONE
+    assert [body for _, _, body in server.seen] == [{}, {"model_id": "n"}]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["status"],
+        ["ls"],
+        ["ps"],
+        ["load", "m"],
+        ["unload", "m"],
+        ["pin", "m"],
+        ["unpin", "m"],
+        ["rm", "m"],
+        ["plan", "m"],
+        ["lease", "m", "1"],
+        ["verify"],
+    ],
+)
 def test_json_is_the_servers_answer(server: FakeServer, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     """With --json every verb prints the answer as the server gave it."""
-    answer = {"models": [{"id": "m"}], "time_to_load_ms": 1, "memory_freed_gb": 0.1}
+    answer = {"success": True, "models": [{"id": "m"}]}
     server.answer(answer)
     assert main([*argv, "--url", server.url, "--json"]) == ExitCode.DONE
     assert json.loads(capsys.readouterr().out) == answer

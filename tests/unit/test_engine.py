@@ -54,6 +54,33 @@ async def test_a_request_opens_with_its_first_token_and_ends_with_its_last() -> 
         assert await read(generation) == [Delta(0, "one", 1), LAST]
 
 
+async def test_an_answer_may_begin_in_reasoning() -> None:
+    """Whether the prompt opened it is known with the first token."""
+    async with house() as it:
+        for in_reasoning in (True, False):
+            caller = await it.open()
+            it.stream.began(Started(1, 17, CacheReport(), in_reasoning))
+            it.stream.push(LAST)
+            generation = await caller
+            assert isinstance(generation, Generation)
+            assert generation.starts_in_reasoning is in_reasoning
+
+
+async def test_a_reader_who_has_enough_reads_to_the_end() -> None:
+    """``stop`` asks the worker once; what it made meanwhile still comes, and then everything is given back."""
+    async with house() as it:
+        generation = await it.opened()
+        generation.stop()
+        assert it.worker.cancels == 1
+        assert it.depths == (1, 0)
+        it.stream.push(Delta(0, "late", 1))
+        it.stream.push(GONE)
+        assert await read(generation) == [Delta(0, "first", 1), Delta(0, "late", 1), GONE]
+        generation.stop()
+        assert it.worker.cancels == 1
+        it.check_nothing_held()
+
+
 async def test_a_request_may_end_with_its_first_token() -> None:
     """One that is over before its caller wakes holds nothing when he does."""
     async with house() as it:

@@ -1,5 +1,7 @@
 """Where reasoning and calls begin and end for a grammar and for a budget of reasoning."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,17 +12,25 @@ from opta_lmx.inference.worker.detokenizer import Detokenizer, TokenTable
 from opta_lmx.inference.worker.marks import Gate, Marks
 from tests import tiny_tokenizers
 
-SPECIAL = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<|channel|>", "<|message|>", "<|start|>", "<|end|>"]
+SPECIAL = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<|channel|>", "<|message|>", "<|start|>", "<|end|>")
 HARMONY_FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
 VOCABULARY = 600
+# DeepSeek spells spaces in its marks as SentencePiece does in texts.
+SPACED = "<\uff5ctool\u2581calls\u2581begin\uff5c>"
 
 
 class House:
     """A tokenizer with the marks of several families, and one model's marks in it."""
 
-    def __init__(self, tool_format: str | None, reasoning_format: str | None, special: list[str] = SPECIAL) -> None:
-        self.tokenizer: Any = tiny_tokenizers.byte_level()
-        self.tokenizer.add_tokens(special, special_tokens=True)
+    def __init__(
+        self,
+        tool_format: str | None,
+        reasoning_format: str | None,
+        special: Sequence[str] = SPECIAL,
+        tokenizer: Callable[[], Any] = tiny_tokenizers.byte_level,
+    ) -> None:
+        self.tokenizer: Any = tokenizer()
+        self.tokenizer.add_tokens(list(special), special_tokens=True)
         self.table = TokenTable(self.tokenizer, keep=markers(tool_format, reasoning_format))
         self.marks = Marks(self.tokenizer, self.table, tool_format, reasoning_format)
 
@@ -58,10 +68,20 @@ def test_a_prompt_may_open_the_reasoning(prompt: str, expected: bool) -> None:
     assert not House("hermes", None).marks.in_reasoning(house.ids(prompt))
 
 
-def test_marks_are_text_and_other_control_tokens_are_not() -> None:
-    """What the parser looks for must reach it, for every kind of tokenizer."""
-    house = House("hermes", "think")
-    text = "a<think>b</think><tool_call>c</tool_call>"
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        tiny_tokenizers.byte_level,
+        partial(tiny_tokenizers.sentencepiece, strip_first_space=True),
+        partial(tiny_tokenizers.sentencepiece, strip_first_space=False),
+        tiny_tokenizers.metaspace,
+    ],
+)
+def test_marks_are_text_and_other_control_tokens_are_not(tokenizer: Callable[[], Any]) -> None:
+    """What the parser looks for must reach it as it is spelt, for every kind of tokenizer."""
+    house = House("deepseek_v3", "think", [*SPECIAL, SPACED], tokenizer)
+    # A decoder that is no map of tokens to bytes reads the spaces in a mark; no model has both.
+    text = f"hello<think>hello</think>{SPACED if house.table.is_byte_map else ''}hello"
     assert house.text(house.ids(f"<|start|>{text}<|end|>")) == text
 
 

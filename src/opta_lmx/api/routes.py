@@ -13,9 +13,11 @@ from starlette.responses import Response
 from starlette.types import Lifespan
 
 from opta_lmx import __version__
+from opta_lmx.api.admin import config, downloads, leases, metrics, plan
 from opta_lmx.api.admin import models as admin_models
 from opta_lmx.api.admin import status as admin_status
-from opta_lmx.api.admin.wire import ModelRequest
+from opta_lmx.api.admin.wire import LeaseRequest, ModelRequest, PlanRequest, UnloadRequest, VerifyRequest
+from opta_lmx.api.admin.wire_downloads import DownloadRequest
 from opta_lmx.api.auth import KeyCheck
 from opta_lmx.api.errors import UnknownRoute, WrongMethod, error_response
 from opta_lmx.api.middleware import RequestIds
@@ -57,9 +59,27 @@ def build_app(
     app.state.services = services
     app.state.new_id = new_id
     app.state.wall = wall
-    for routes in (chat, completions, embeddings, rerank, models, admin_status, admin_models):
+    # admin_models comes last: its DELETE takes any path below /admin/models, since ids contain slashes.
+    rooms = (
+        chat,
+        completions,
+        embeddings,
+        rerank,
+        models,
+        admin_status,
+        metrics,
+        config,
+        leases,
+        plan,
+        downloads,
+        admin_models,
+    )
+    for routes in rooms:
         app.include_router(routes.router)
-    describe(app, [ChatRequest, CompletionRequest, EmbeddingsRequest, RerankRequest, ModelRequest])
+    inference_shapes = (ChatRequest, CompletionRequest, EmbeddingsRequest, RerankRequest)
+    describe(
+        app, [*inference_shapes, ModelRequest, UnloadRequest, PlanRequest, VerifyRequest, LeaseRequest, DownloadRequest]
+    )
     _handle_errors(app)
     _add_middleware(app, services.config, new_id)
     return app

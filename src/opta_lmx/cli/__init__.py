@@ -48,6 +48,10 @@ def _run(arguments: Arguments) -> int:
             from opta_lmx.cli.settings import run_config
 
             return run_config(arguments, os.environ)
+        case "pull":
+            from opta_lmx.cli.pull import run_pull
+
+            return run_pull(arguments, os.environ)
         case _:
             from opta_lmx.cli.remote import run_remote
 

@@ -21,6 +21,12 @@ class Arguments:
     flags: dict[str, object] = field(default_factory=dict)
     action: str = ""
     model: str = ""
+    context_length: int | None = None
+    seconds: float = 0.0
+    owner: str | None = None
+    force: bool = False
+    revision: str | None = None
+    include: tuple[str, ...] = ()
     url: str | None = None
     admin_key: str | None = field(default=None, repr=False)
     json: bool = False
@@ -67,9 +73,49 @@ def _parser() -> _Parser:
     add("status", "Show what the server does now.", _remote(), _reading())
     add("ls", "List the models on disk.", _remote(), _reading())
     add("ps", "List the loaded models.", _remote(), _reading())
-    for verb, help in (("load", "Load a model, and wait for it."), ("unload", "Unload a model, and wait for it.")):
-        add(verb, help, _remote(), _reading()).add_argument("model", metavar="MODEL", help="id as ls shows it")
+    for verb, help in (
+        ("load", "Load a model, and wait for it."),
+        ("unload", "Unload a model, and wait for it."),
+        ("pin", "Keep a loaded model in memory until it is unpinned."),
+        ("unpin", "End a model's pin."),
+        ("lease", "Keep a loaded model in memory for a time."),
+        ("plan", "Show whether a model would fit in memory; changes nothing."),
+        ("rm", "Remove a model from the disk."),
+    ):
+        _model_flags(verb, add(verb, help, _remote(), _reading()))
+    verify = add("verify", "Hash models' files and hold them against models.lock.", _remote(), _reading())
+    verify.add_argument("model", metavar="MODEL", nargs="?", default="", help="id as ls shows it (else all)")
+    pull = add("pull", "Download a model from the hub, and check every file of it.", _remote(), _reading())
+    pull.add_argument("model", metavar="REPO", help="publisher/name, as on the hub")
+    pull.add_argument("--revision", metavar="REVISION", help="branch, tag or commit (else the default branch)")
+    pull.add_argument(
+        "--include", nargs="+", default=(), metavar="PATTERN", help="files to take, such as '*Q4_K_M.gguf'"
+    )
     return parser
+
+
+def _model_flags(verb: str, parser: _Parser) -> None:
+    """What a verb about one model takes."""
+    parser.add_argument("model", metavar="MODEL", help="id as ls shows it")
+    if verb == "lease":
+        parser.add_argument("seconds", metavar="SECONDS", type=_positive, help="how long, from now")
+        parser.add_argument("--owner", metavar="NAME", help="who asks (else $USER)")
+    elif verb == "plan":
+        parser.add_argument(
+            "--context-length", type=int, metavar="TOKENS", help="context to plan for (else the model's)"
+        )
+    elif verb == "unload":
+        parser.add_argument("--force", action="store_true", help="end its pin and its leases first")
+
+
+def _positive(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return seconds
 
 
 def _group() -> _Parser:

@@ -1,21 +1,31 @@
-"""The verbs that ask a running server over its admin API: status, ls, ps, load, unload."""
+"""The verbs that ask a running server over its admin API, or have it do something."""
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from opta_lmx.cli.arguments import Arguments
 from opta_lmx.cli.failure import ExitCode, Failure
+from opta_lmx.cli.memory_bar import memory_bar
 
 # A look at the server's own state is over in milliseconds unless it is stuck.
 _READ_SECONDS: Final = 10.0
-# A load ends by itself, done or failed; this bound only keeps a lost connection from holding the shell for ever.
+# A load or a verification ends by itself; this bound only keeps a lost connection from holding the shell for ever.
 _CHANGE_SECONDS: Final = 3600.0
 
+# The width of a terminal that nobody has widened, for output that goes elsewhere.
+_PLAIN_COLUMNS: Final = 80
+
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+_READS: Final = {"status": "/admin/status", "ls": "/admin/models/available", "ps": "/admin/models"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,30 +37,85 @@ class Remote:
 
 
 def run_remote(arguments: Arguments, environ: Mapping[str, str]) -> int:
-    """Do what the verb says and print the answer. Raises Failure if the server refuses or cannot be reached."""
+    """Do what the verb says and print the answer.
+
+    Raises Failure if the server refuses or cannot be reached; if files are wrong, after they have been printed.
+    """
     remote = find_remote(arguments, environ)
+    answer = ask(remote, *_wish(arguments, environ))
+    text = json.dumps(answer, indent=2) if arguments.json else _words(arguments, environ, answer)
+    if text:
+        print(text)
+    if arguments.verb == "verify" and not answer["success"]:
+        # Standard error may be the same terminal: the report comes first.
+        sys.stdout.flush()
+        hint = "opta-lmx rm MODEL removes it, to be downloaded again"
+        raise Failure("not all files are what models.lock says", hint)
+    return ExitCode.DONE
+
+
+def _wish(arguments: Arguments, environ: Mapping[str, str]) -> tuple[str, str, dict[str, Any] | None]:
+    """Method, path and body of what the verb asks for."""
+    verb, model = arguments.verb, arguments.model
+    if verb in _READS:
+        return "GET", _READS[verb], None
+    if verb == "rm":
+        return "DELETE", f"/admin/models/{quote(model)}", None
+    body: dict[str, Any] = {"model_id": model} if model else {}
+    if arguments.force:
+        body["force"] = True
+    if arguments.context_length is not None:
+        body["context_length"] = arguments.context_length
+    if verb == "lease":
+        owner = arguments.owner or environ.get("USER") or "opta-lmx"
+        return "POST", "/admin/leases", body | {"seconds": arguments.seconds, "owner": owner}
+    return "POST", f"/admin/models/{verb}", body
+
+
+def _words(arguments: Arguments, environ: Mapping[str, str], answer: dict[str, Any]) -> str:
+    """The answer for people."""
     model = arguments.model
     match arguments.verb:
         case "status":
-            answer = ask(remote, "GET", "/admin/status")
-            text = "\n".join(outline(answer))
-        case "ls":
-            answer = ask(remote, "GET", "/admin/models/available")
-            text = "\n".join(table(answer["models"]))
-        case "ps":
-            answer = ask(remote, "GET", "/admin/models")
-            text = "\n".join(table(answer["models"]))
+            lines = outline(answer)
+        case "ls" | "ps":
+            lines = table(answer["models"])
+        case "plan":
+            lines = _plan(answer, environ)
+        case "verify":
+            lines = table(list(_checked_files(answer)))
         case "load":
-            answer = ask(remote, "POST", "/admin/models/load", {"model_id": model})
-            text = f"{model} loaded in {answer['time_to_load_ms'] / 1000:.1f} s"
-        case _:
-            answer = ask(remote, "POST", "/admin/models/unload", {"model_id": model})
-            text = f"{model} unloaded, {answer['memory_freed_gb']} GiB freed"
-    if arguments.json:
-        text = json.dumps(answer, indent=2)
-    if text:
-        print(text)
-    return ExitCode.DONE
+            lines = iter([f"{model} loaded in {answer['time_to_load_ms'] / 1000:.1f} s"])
+        case "unload":
+            lines = iter([f"{model} unloaded, {answer['memory_freed_gb']} GiB freed"])
+        case "rm":
+            lines = iter([f"{model} removed, {_cell('freed_bytes', answer['freed_bytes'])} freed"])
+        case "lease":
+            lines = iter([f"{model} leased until {_local_time(answer['expires_at'])} as {answer['lease_id']}"])
+        case verb:
+            lines = iter([f"{model} {verb}ned"])
+    return "\n".join(lines)
+
+
+def _plan(answer: dict[str, Any], environ: Mapping[str, str]) -> Iterator[str]:
+    """Sized for the terminal, coloured unless $NO_COLOR forbids it; elsewhere plain and of a fixed width."""
+    on_terminal = sys.stdout.isatty()
+    columns = shutil.get_terminal_size().columns if on_terminal else _PLAIN_COLUMNS
+    # Beside the cells: the brackets and the cap.
+    return memory_bar(answer, max(columns - 3, 10), colour=on_terminal and not environ.get("NO_COLOR"))
+
+
+def _checked_files(answer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each file; one for a model without a record."""
+    for model in answer["models"]:
+        for file in model["files"] or ({"name": None, "verdict": model["verdict"]},):
+            wrong = file["verdict"] in ("different", "missing", "added", "unreadable")
+            hashes = {key: file[f"{key}_sha256"] if wrong else None for key in ("expected", "actual")}
+            yield {"model": model["model_id"], "file": file["name"], "verdict": file["verdict"], **hashes}
+
+
+def _local_time(at: float) -> str:
+    return datetime.fromtimestamp(at).astimezone().isoformat(" ", "seconds")
 
 
 def find_remote(arguments: Arguments, environ: Mapping[str, str]) -> Remote:
@@ -71,22 +136,57 @@ def find_remote(arguments: Arguments, environ: Mapping[str, str]) -> Remote:
     return Remote(url, key)
 
 
-def ask(remote: Remote, method: str, path: str, body: dict[str, str] | None = None) -> dict[str, Any]:
-    """The server's JSON answer. Raises Failure, with the server's own words if it refused."""
-    connection, base = _connect(remote.url, _CHANGE_SECONDS if body else _READ_SECONDS)
+def ask(
+    remote: Remote,
+    method: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+    hints: Mapping[int, str] | None = None,
+) -> dict[str, Any]:
+    """The server's JSON answer. Raises Failure, with the server's own words if it refused.
+
+    ``hints`` by status say what to do where the usual hint would mislead.
+    """
+    connection, base = _connect(remote.url, _READ_SECONDS if method == "GET" else _CHANGE_SECONDS)
     headers = {"Accept": "application/json"} | ({"X-Admin-Key": remote.key} if remote.key else {})
-    if body:
+    if body is not None:
         headers["Content-Type"] = "application/json"
     try:
-        connection.request(method, base + path, json.dumps(body) if body else None, headers)
+        connection.request(method, base + path, json.dumps(body) if body is not None else None, headers)
         response = connection.getresponse()
         status, content = response.status, response.read()
     except (OSError, HTTPException) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        hint = "start it with opta-lmx serve, or name another with --url"
-        raise Failure(f"no server answers at {remote.url}: {reason}", hint, ExitCode.UNREACHABLE) from None
+        raise _silence(remote, error) from None
     finally:
         connection.close()
+    return _read_answer(remote, status, content, hints or {})
+
+
+def follow(remote: Remote, path: str) -> Iterator[dict[str, Any]]:
+    """The server's events, each as it comes, to their end. Raises Failure, as ``ask`` does."""
+    connection, base = _connect(remote.url, _CHANGE_SECONDS)
+    headers = {"Accept": "text/event-stream"} | ({"X-Admin-Key": remote.key} if remote.key else {})
+    try:
+        connection.request("GET", base + path, None, headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            _read_answer(remote, response.status, response.read(), {})
+        for line in response:
+            if line.startswith(b"data: "):
+                yield json.loads(line.removeprefix(b"data: "))
+    except (OSError, HTTPException) as error:
+        raise _silence(remote, error) from None
+    finally:
+        connection.close()
+
+
+def _silence(remote: Remote, error: Exception) -> Failure:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    hint = "start it with opta-lmx serve, or name another with --url"
+    return Failure(f"no server answers at {remote.url}: {reason}", hint, ExitCode.UNREACHABLE)
+
+
+def _read_answer(remote: Remote, status: int, content: bytes, hints: Mapping[int, str]) -> dict[str, Any]:
     try:
         answer = json.loads(content)
     except ValueError:
@@ -96,7 +196,7 @@ def ask(remote: Remote, method: str, path: str, body: dict[str, str] | None = No
         message = f"what answers at {remote.url} is not Opta-LMX (status {status})"
         raise Failure(message, hint, ExitCode.UNREACHABLE)
     if status >= 400:
-        raise _refusal(status, answer)
+        raise _refusal(status, answer, hints)
     return answer
 
 
@@ -113,7 +213,7 @@ def _connect(url: str, timeout_seconds: float) -> tuple[HTTPConnection, str]:
     return kind(host, port, timeout=timeout_seconds), parts.path.rstrip("/")
 
 
-def _refusal(status: int, answer: dict[str, Any]) -> Failure:
+def _refusal(status: int, answer: dict[str, Any], better: Mapping[int, str]) -> Failure:
     error = answer.get("error")
     message = error.get("message") if isinstance(error, dict) else None
     hints = {
@@ -121,6 +221,7 @@ def _refusal(status: int, answer: dict[str, Any]) -> Failure:
         404: "opta-lmx ls shows the models there are",
         409: "opta-lmx ps shows what holds the model",
         507: "opta-lmx ps shows what is loaded, opta-lmx unload MODEL makes room",
+        **better,
     }
     return Failure(message or f"the server answered {status}", hints.get(status, "the server's log tells more"))
 
@@ -147,6 +248,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
 
 
+def show_size(size_bytes: int) -> str:
+    """A size in binary units."""
+    power = min(max(size_bytes.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
+    return f"{size_bytes / 1024**power:.1f} {_UNITS[power]}" if power else f"{size_bytes} B"
+
+
 def _cell(name: str, value: Any) -> str:
     """A value for people; sizes are shown in binary units."""
     match value:
@@ -155,8 +262,7 @@ def _cell(name: str, value: Any) -> str:
         case bool():
             return "yes" if value else "no"
         case int() if name.endswith("_bytes"):
-            power = min(max(value.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
-            return f"{value / 1024**power:.1f} {_UNITS[power]}" if power else f"{value} B"
+            return show_size(value)
         case list():
             return ", ".join(map(str, value))
         case _:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TypeVar
 
 from opta_lmx.config import Config, Preset
-from opta_lmx.errors import Draining, ModelNotFound, UnsupportedParameter, WorkerLost
+from opta_lmx.errors import Draining, InvalidRequest, LmxError, ModelNotFound, UnsupportedParameter, WorkerLost
 from opta_lmx.inference.admission import Admission, Slot
 from opta_lmx.inference.embedding import EmbedRequest, RankRequest
 from opta_lmx.inference.protocol import Embedded, Ranked
@@ -20,11 +20,13 @@ from opta_lmx.inference.worker_client import WorkerClient
 from opta_lmx.inference.worker_reply import WorkerReply
 from opta_lmx.inference.worker_stream import WorkerStream
 from opta_lmx.manager.catalog import is_encoder
+from opta_lmx.manager.memory import LoadPlan
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.residency import Lease, LoadResult, Residency, UnloadResult
 from opta_lmx.monitoring.logging import get_logger
+from opta_lmx.monitoring.timing import Outcome, RequestBook, Timeline
 from opta_lmx.router.resolve import preset_behind, resolve
-from opta_lmx.types import CacheReport, Delta, GenerateRequest, ModelFacts, ModelFiles
+from opta_lmx.types import CacheReport, Delta, FinishReason, GenerateRequest, ModelFacts, ModelFiles
 
 # A request that was in two workers when they died is likelier to be the cause than the victim.
 _STARTS = 2
@@ -40,11 +42,12 @@ Result = TypeVar("Result")
 class Generation:
     """One request under way: iterate for lists of deltas, everything that has arrived since the last look."""
 
-    def __init__(self, request_id: str, model_id: str, worker: WorkerClient, stream: WorkerStream) -> None:
-        self.request_id = request_id
+    def __init__(self, model_id: str, worker: WorkerClient, stream: WorkerStream, timeline: Timeline) -> None:
+        self.request_id = timeline.request_id
         self.model_id = model_id
         self._worker = worker
         self._stream = stream
+        self._timeline = timeline
 
     @property
     def prompt_tokens(self) -> int:
@@ -73,15 +76,17 @@ class Generation:
             deltas = self._stream.take()
             if not deltas:
                 return
+            self._timeline.looked(deltas)
             yield deltas
 
     def stop(self) -> None:
         """Ask for no more: the iteration ends with what the worker has made until it hears of it."""
+        self._timeline.stopped = True
         self._stream.cancel()
 
     async def aclose(self) -> None:
         """Let the request go, if it has not ended; safe at any moment, any number of times."""
-        self.stop()
+        self._stream.cancel()
 
 
 class InferenceEngine:
@@ -93,8 +98,11 @@ class InferenceEngine:
         models: ModelManager,
         residency: Residency,
         now: Callable[[], float] = time.monotonic,
+        requests: RequestBook | None = None,
     ) -> None:
+        """``now`` is monotonic; ``requests`` takes in what every request took."""
         self._config = config
+        self._requests = requests or RequestBook()
         self._models = models
         self._residency = residency
         self._now = now
@@ -133,6 +141,51 @@ class InferenceEngine:
     async def unload_model(self, name: str) -> UnloadResult:
         """End a model's process once its requests have ended. Raises Conflict if it is not loaded."""
         return await self._residency.unload(self.resolve(name))
+
+    async def force_unload_model(self, name: str) -> UnloadResult:
+        """As ``unload_model``, but its pin and its holds end first; running requests never do."""
+        return await self._residency.unload(self.resolve(name), force=True)
+
+    def plan_model(self, name: str, context_length: int | None = None) -> LoadPlan:
+        """What a load would do now; changes nothing. Raises LoadFailed for a model that cannot be loaded."""
+        return self._residency.plan(self._models.look_up(self.resolve(name)), context_length)
+
+    def pin_model(self, name: str) -> str:
+        """Keep a model in memory; gives its id. Raises Conflict unless it is loaded or being loaded."""
+        model_id = self.resolve(name)
+        self._residency.pin(model_id)
+        return model_id
+
+    def unpin_model(self, name: str) -> str:
+        """End a model's pin, if it has one; gives its id."""
+        model_id = self.resolve(name)
+        self._residency.unpin(model_id)
+        return model_id
+
+    def hold_model(self, name: str, owner: str, seconds: float) -> tuple[str, str]:
+        """Keep a model in memory for so long, in somebody's name; gives the hold's id and the model's.
+
+        Raises Conflict unless it is loaded or being loaded.
+        """
+        model_id = self.resolve(name)
+        return self._residency.hold(model_id, owner, seconds), model_id
+
+    def delete_model(self, model_id: str) -> int:
+        """Remove a model's files; gives the bytes freed. Takes no other name of it: a glob must not delete.
+
+        Raises Conflict while it is in memory, waited for, or part of the installation; LmxError if the disk refuses.
+        """
+        resolved = self.resolve(model_id)
+        if resolved != model_id:
+            raise InvalidRequest(
+                f"{model_id!r} stands for {resolved!r}; delete a model by its own id.", param="model_id"
+            )
+        with self._residency.kept_out(model_id):
+            try:
+                return self._models.delete(model_id)
+            except OSError as error:
+                self._models.refresh()
+                raise LmxError(f"The files of {model_id!r} cannot be removed: {error.strerror}.") from error
 
     def resolve(self, name: str) -> str:
         """The model id behind a name; raises ModelNotFound with the nearest names.
@@ -176,12 +229,13 @@ class InferenceEngine:
         return admission
 
     def _close(self, held: "_Held") -> None:
-        """Give back what an open request held."""
+        """Give back what an open request held, and say how it went."""
         if held.slot is not None:
             held.slot.release()
         self._open -= 1
         if self._open == 0:
             self._idle.set()
+        _log.info("request_finished", **held.timeline.end(held.outcome()))
 
     async def _enter(
         self,
@@ -191,16 +245,20 @@ class InferenceEngine:
         encoder: bool,
     ) -> Result:
         """Pass the door, then attempt with a lease; once more if the worker dies meanwhile."""
-        model_id = self._admit_name(request.model)
+        choices = request.sampling.n if isinstance(request, GenerateRequest) else 0
+        held = _Held(Timeline(self._requests, request.request_id, choices, self._now))
         self._open += 1
         self._idle.clear()
-        held = _Held()
         try:
+            model_id = self._admit_name(request.model)
+            held.timeline.resolved(model_id)
             held.slot = await self._admission(model_id).enter()
+            held.timeline.admitted()
             files = await self._models.ensure_local(model_id)
             _check_task(files, encoder=encoder)
             for starts in range(1, _STARTS + 1):
                 lease = await self._residency.lease(files, may_load=self._config.models.jit)
+                held.timeline.leased()
                 try:
                     return await attempt(held, lease)
                 except WorkerLost as error:
@@ -208,6 +266,9 @@ class InferenceEngine:
                     if starts == _STARTS:
                         raise
             raise AssertionError(starts)
+        except BaseException as error:
+            held.timeline.failed(error)
+            raise
         finally:
             held.at_its_end(partial(self._close, held))
 
@@ -223,7 +284,8 @@ class InferenceEngine:
         except BaseException:
             stream.cancel()
             raise
-        return Generation(request.request_id, lease.model_id, worker, stream)
+        held.timeline.first_token(stream.completion_tokens)
+        return Generation(lease.model_id, worker, stream, held.timeline)
 
     async def _answer(self, request: EmbedRequest | RankRequest, held: "_Held", lease: Lease) -> Embedded | Ranked:
         try:
@@ -231,7 +293,9 @@ class InferenceEngine:
         except WorkerLost:
             lease.release()
             raise
-        return await reply.answer()
+        answer = await reply.answer()
+        held.timeline.prompt_tokens = answer.prompt_tokens
+        return answer
 
 
 def _worker(lease: Lease) -> WorkerClient:
@@ -251,7 +315,8 @@ def _check_task(files: ModelFiles, *, encoder: bool) -> None:
 class _Held:
     """What one request holds on its way in."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
         self.slot: Slot | None = None
         self.asked: WorkerStream | WorkerReply | None = None
 
@@ -261,3 +326,16 @@ class _Held:
             act()
         else:
             self.asked.then(act)
+
+    def outcome(self) -> Outcome:
+        """How it ended, by the worker's word; what that counted goes into the timeline."""
+        stream, timeline = self.asked, self.timeline
+        if not isinstance(stream, WorkerStream):
+            return Outcome.STOP
+        timeline.prompt_tokens, timeline.cached_tokens = stream.prompt_tokens, stream.cache.hit_tokens
+        timeline.completion_tokens = stream.completion_tokens
+        if stream.error is not None:
+            timeline.failed(stream.error)
+        if FinishReason.CANCELLED in stream.finishes and not timeline.stopped:
+            return Outcome.CANCELLED
+        return Outcome.LENGTH if FinishReason.LENGTH in stream.finishes else Outcome.STOP

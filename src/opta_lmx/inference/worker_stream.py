@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from opta_lmx.errors import LmxError
 from opta_lmx.inference.protocol import Started
-from opta_lmx.types import CacheReport, Delta
+from opta_lmx.types import CacheReport, Delta, FinishReason
 
 
 class WorkerStream:
@@ -15,7 +15,10 @@ class WorkerStream:
         """``on_end`` is called exactly once, when the worker is done with the request, whoever ended it."""
         self._then: list[Callable[[], None]] = [on_end]
         self.prompt_tokens = 0
+        self.completion_tokens = 0
         self.cache = CacheReport()
+        # Every way in which a choice has ended.
+        self.finishes: set[FinishReason] = set()
         self.in_reasoning = False
         self._cancel = cancel
         self._open_choices = choices
@@ -27,6 +30,11 @@ class WorkerStream:
     def ended(self) -> bool:
         """True once nothing more will arrive."""
         return self._open_choices == 0
+
+    @property
+    def error(self) -> LmxError | None:
+        """What it ended with, if that was an error."""
+        return self._error
 
     def then(self, on_end: Callable[[], None]) -> None:
         """Have one more thing done at the end; the stream must not have ended."""
@@ -40,7 +48,9 @@ class WorkerStream:
     def push(self, delta: Delta) -> None:
         """Take one delta in, and end when it was the last choice's last."""
         self._deltas.append(delta)
+        self.completion_tokens += delta.token_count
         if delta.finish is not None:
+            self.finishes.add(delta.finish)
             self._open_choices -= 1
             if self._open_choices == 0:
                 self._end()

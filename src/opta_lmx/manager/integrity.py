@@ -1,7 +1,7 @@
 """models.lock: what every file of a model was when it came to this machine, and whether it still is.
 
 One JSON file in the models directory, replaced atomically, readable by its owner only. Everything here blocks
-(hashing runs at disk speed), so callers on the event loop use a thread for ``record`` and ``verify``;
+(hashing runs at disk speed), so callers on the event loop use a thread for ``record``, ``verify`` and ``check``;
 ``is_unchanged`` only looks at sizes and times. Several processes may share one models directory: writers take a
 lock on it, and readers notice a new file.
 """
@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -25,10 +26,29 @@ _ABSENT = "no such file"
 
 
 class Verdict(StrEnum):
-    """How a file was found to be right."""
+    """How a file was found: the first two are right, all others wrong."""
 
     UNCHANGED = "unchanged"  # size, time and inode are those of the last hash
     VERIFIED = "verified"  # hashed now
+    DIFFERENT = "different"
+    MISSING = "missing"  # recorded, and not on disk
+    ADDED = "added"  # on disk, and not recorded
+    UNREADABLE = "unreadable"
+
+    @property
+    def right(self) -> bool:
+        """True if the file is what its record says."""
+        return self in (Verdict.UNCHANGED, Verdict.VERIFIED)
+
+
+@dataclass(frozen=True, slots=True)
+class FileCheck:
+    """One file beside its record: both SHA-256, None where there is no record, or no file that can be read."""
+
+    name: str
+    verdict: Verdict
+    expected: str | None
+    actual: str | None
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -111,21 +131,41 @@ class ModelsLock:
         verdicts: dict[str, Verdict] = {}
         fresh: dict[str, FileRecord] = {}
         for name in sorted(found.keys() | record.files.keys()):
-            before, path = record.files.get(name), found.get(name)
-            if before is not None and path is not None and not full and before.stands_for(path.stat()):
-                verdicts[name] = Verdict.UNCHANGED
-                continue
-            now = None if path is None else _hash(path)
-            if now is None or before is None or now.sha256 != before.sha256:
-                expected, actual = (_ABSENT if state is None else state.sha256 for state in (before, now))
-                raise IntegrityMismatch(name, expected, actual)
-            verdicts[name] = Verdict.VERIFIED
-            fresh[name] = now
+            check, now = _compare(name, record.files.get(name), found.get(name), full=full)
+            if not check.verdict.right:
+                raise IntegrityMismatch(name, check.expected or _ABSENT, check.actual or _ABSENT)
+            verdicts[name] = check.verdict
+            if now is not None:
+                fresh[name] = now
+        self._renew(model_id, record, fresh)
+        return verdicts
+
+    def check(self, model_id: str, directory: Path) -> list[FileCheck]:
+        """Hashes every file and tells of each by name, wrong or right; empty for a model without a record."""
+        record = self.find(model_id)
+        if record is None:
+            return []
+        found = dict(_files(directory))
+        checks: list[FileCheck] = []
+        fresh: dict[str, FileRecord] = {}
+        for name in sorted(found.keys() | record.files.keys()):
+            before = record.files.get(name)
+            try:
+                check, now = _compare(name, before, found.get(name), full=True)
+            except OSError:
+                check, now = FileCheck(name, Verdict.UNREADABLE, before.sha256 if before else None, None), None
+            checks.append(check)
+            if now is not None and check.verdict.right:
+                fresh[name] = now
+        self._renew(model_id, record, fresh)
+        return checks
+
+    def _renew(self, model_id: str, record: ModelRecord, fresh: dict[str, FileRecord]) -> None:
+        """Remembers when files that are right were hashed, unless the model has got another record meanwhile."""
         if any(record.files[name] != now for name, now in fresh.items()):
             with self._changing() as models:
                 if models.get(model_id) == record:
                     models[model_id] = ModelRecord(record.source, record.revision, record.files | fresh)
-        return verdicts
 
     def _read(self) -> Mapping[str, ModelRecord]:
         try:
@@ -179,6 +219,20 @@ def _files(directory: Path) -> Iterator[tuple[str, Path]]:
             path = directory / prefix / name
             if not name.startswith(".") and path.is_file():
                 yield prefix + name, path
+
+
+def _compare(
+    name: str, before: FileRecord | None, path: Path | None, *, full: bool
+) -> tuple[FileCheck, FileRecord | None]:
+    """How the file at ``path`` (None: there is none) stands to its record, and its new record if it was hashed."""
+    expected = None if before is None else before.sha256
+    if path is None:
+        return FileCheck(name, Verdict.MISSING, expected, None), None
+    if before is not None and not full and before.stands_for(path.stat()):
+        return FileCheck(name, Verdict.UNCHANGED, expected, expected), None
+    now = _hash(path)
+    verdict = Verdict.VERIFIED if now.sha256 == expected else Verdict.ADDED if before is None else Verdict.DIFFERENT
+    return FileCheck(name, verdict, expected, now.sha256), now
 
 
 def _hash(path: Path) -> FileRecord:

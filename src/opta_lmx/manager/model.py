@@ -19,7 +19,7 @@ from opta_lmx.errors import Conflict, IntegrityMismatch, LoadFailed, ModelNotFou
 from opta_lmx.manager.catalog import Listing, describe, describe_gguf, list_directory
 from opta_lmx.manager.gguf import GgufError
 from opta_lmx.manager.importing import IMPORT_VERSION, STAGING_SUFFIX, GgufImporter, discard
-from opta_lmx.manager.integrity import ModelsLock
+from opta_lmx.manager.integrity import FileCheck, ModelsLock
 from opta_lmx.manager.starter import ENCODER_ID, StarterModel, encoder_directory, starter_files
 from opta_lmx.monitoring.logging import get_logger
 from opta_lmx.types import ModelFiles
@@ -116,11 +116,7 @@ class ModelManager:
         Raises ModelNotFound; LoadFailed with the model's problem or its import's; IntegrityMismatch. Looks at sizes
         and times only where nothing was touched since the last hash, so it may be asked for every request.
         """
-        files = self.find(model_id)
-        if files is None:
-            raise self._not_found(model_id)
-        if files.problem is not None:
-            raise LoadFailed(model_id, files.problem)
+        files = self._usable(model_id)
         origin = self._origins.get(model_id)
         if origin is not None:
             files = await self._imported(model_id, origin)
@@ -133,10 +129,45 @@ class ModelManager:
                 raise LoadFailed(model_id, f"its files cannot be read ({error.strerror})") from error
         return replace(files, verified=True)
 
-    async def _imported(self, model_id: str, origin: _Origin) -> ModelFiles:
+    def look_up(self, model_id: str) -> ModelFiles:
+        """What a load would use, as far as it is on disk already: a GGUF's imported form where there is one.
+
+        Raises ModelNotFound; LoadFailed with the model's problem; IntegrityMismatch if models.lock cannot be read.
+        """
+        files = self._usable(model_id)
+        origin = self._origins.get(model_id)
+        if origin is not None and self._is_imported(model_id, origin):
+            with suppress(FileNotFoundError):
+                return self._describe(model_id, origin.target, list_directory(origin.target, self._root.resolve()))
+        return files
+
+    async def verify(self, model_id: str) -> list[FileCheck]:
+        """Hashes every file a load would use and holds it against models.lock; empty for a model without a record.
+
+        Raises ModelNotFound; IntegrityMismatch if models.lock cannot be read.
+        """
+        files = self.find(model_id)
+        if files is None:
+            raise self._not_found(model_id)
+        origin = self._origins.get(model_id)
+        directory = files.path if origin is None else origin.target
+        return await to_thread.run_sync(self._lock.check, model_id, directory)
+
+    def _usable(self, model_id: str) -> ModelFiles:
+        files = self.find(model_id)
+        if files is None:
+            raise self._not_found(model_id)
+        if files.problem is not None:
+            raise LoadFailed(model_id, files.problem)
+        return files
+
+    def _is_imported(self, model_id: str, origin: _Origin) -> bool:
         record = self._lock.find(model_id)
+        return record is not None and record.revision == origin.revision and origin.target.is_dir()
+
+    async def _imported(self, model_id: str, origin: _Origin) -> ModelFiles:
         try:
-            if record is None or record.revision != origin.revision or not origin.target.is_dir():
+            if not self._is_imported(model_id, origin):
                 await self._importer.import_gguf(origin.gguf, origin.target, lambda: self._record(model_id, origin))
                 self.refresh()
             files = self._describe(model_id, origin.target, list_directory(origin.target, self._root.resolve()))

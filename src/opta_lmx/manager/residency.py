@@ -62,6 +62,7 @@ class Residency:
     # How long a worker may take to end by itself before it is signalled; it has no request left to finish.
     stop_grace_seconds: float = 5.0
     new_id: Callable[[], str] = lambda: uuid4().hex
+    on_stop: Callable[[str, str], None] = lambda model_id, cause: None  # told of every stop, as the log is
     _records: dict[str, Record] = field(init=False, repr=False, default_factory=dict)
     _kept_out: set[str] = field(init=False, repr=False, default_factory=set)
     _numbers: Iterator[int] = field(init=False, repr=False, default_factory=itertools.count)
@@ -71,7 +72,6 @@ class Residency:
         """A hold on the model, loading it first if need be.
 
         With ``may_load`` False only a model that is in memory, or was until its worker died, else ModelNotFound.
-
         ``ttl_seconds`` becomes its idle time if this call starts the load (the first of those who join it counts);
         None takes the configuration's. Raises MemoryLimit, LoadFailed, WorkerLost, ModelLoading (an unload in
         progress outlasts the wait), Conflict (its files are being changed) or Draining.
@@ -359,6 +359,7 @@ class Residency:
     def _begin_stop(self, record: Record, cause: str) -> None:
         process = record.process
         assert process is not None
+        self.on_stop(record.id, cause)
         _log.info("stop_started", model=record.id, cause=cause, idle_seconds=self.now() - record.last_used)
         record.state = ModelState.STOPPING
         process.used_before_bytes = self.memory.reading(0).used_bytes

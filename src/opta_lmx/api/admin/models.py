@@ -1,18 +1,25 @@
-"""/admin/models: what is on disk, what is in memory, and moving the one into the other."""
+"""/admin/models: what is on disk, what is in memory, moving the one into the other, and removing either."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from fastapi import APIRouter, Request
 
 from opta_lmx.api.admin.wire import (
     AvailableModel,
     AvailableModels,
+    Deleted,
     Loaded,
     LoadedModel,
     LoadedModels,
     ModelRequest,
+    Pinned,
     Unloaded,
+    UnloadRequest,
+    Verification,
+    VerifiedFile,
+    VerifiedModel,
+    VerifyRequest,
     to_gib,
 )
 from opta_lmx.api.openapi import request_body
@@ -20,6 +27,7 @@ from opta_lmx.api.parsing import read_object
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import validate
 from opta_lmx.errors import ModelNotFound
+from opta_lmx.manager.integrity import FileCheck
 from opta_lmx.manager.residency import ResidentModel
 from opta_lmx.types import ModelFiles
 
@@ -46,7 +54,7 @@ async def load_model(request: Request) -> Loaded:
     """Load a model, joining a load in flight; 507 with the arithmetic if it does not fit."""
     wanted = validate(ModelRequest, await read_object(request))
     services: Services = request.app.state.services
-    with _named_model_id():
+    with named_model_id():
         result = await services.engine.load_model(wanted.model_id)
     return Loaded(
         model_id=result.model_id,
@@ -55,18 +63,65 @@ async def load_model(request: Request) -> Loaded:
     )
 
 
-@router.post("/unload", openapi_extra=request_body(ModelRequest))
+@router.post("/unload", openapi_extra=request_body(UnloadRequest))
 async def unload_model(request: Request) -> Unloaded:
     """Unload a model once its requests have ended, and answer when its process has gone; 409 if it is pinned."""
-    wanted = validate(ModelRequest, await read_object(request))
+    wanted = validate(UnloadRequest, await read_object(request))
     services: Services = request.app.state.services
-    with _named_model_id():
-        result = await services.engine.unload_model(wanted.model_id)
+    unload = services.engine.force_unload_model if wanted.force else services.engine.unload_model
+    with named_model_id():
+        result = await unload(wanted.model_id)
     return Unloaded(model_id=result.model_id, memory_freed_gb=to_gib(result.freed_bytes))
 
 
+@router.post("/pin", openapi_extra=request_body(ModelRequest))
+async def pin_model(request: Request) -> Pinned:
+    """Keep a model in memory until it is unpinned; 409 unless it is loaded or being loaded."""
+    wanted = validate(ModelRequest, await read_object(request))
+    services: Services = request.app.state.services
+    with named_model_id():
+        return Pinned(model_id=services.engine.pin_model(wanted.model_id), pinned=True)
+
+
+@router.post("/unpin", openapi_extra=request_body(ModelRequest))
+async def unpin_model(request: Request) -> Pinned:
+    """End a model's pin; done too if it had none."""
+    wanted = validate(ModelRequest, await read_object(request))
+    services: Services = request.app.state.services
+    with named_model_id():
+        return Pinned(model_id=services.engine.unpin_model(wanted.model_id), pinned=False)
+
+
+@router.post("/verify", openapi_extra=request_body(VerifyRequest))
+async def verify_models(request: Request) -> Verification:
+    """Hash a model's files, or all models', and hold each against models.lock."""
+    wanted = validate(VerifyRequest, await read_object(request))
+    services: Services = request.app.state.services
+    verified: list[VerifiedModel] = []
+    if wanted.model_id is not None:
+        with named_model_id():
+            model_id = services.engine.resolve(wanted.model_id)
+            verified.append(_verified(model_id, await services.models.verify(model_id)))
+    else:
+        services.models.refresh()
+        for files in services.models.list_available():
+            # One may be deleted while those before it are hashed.
+            with suppress(ModelNotFound):
+                verified.append(_verified(files.id, await services.models.verify(files.id)))
+    return Verification(success=all(model.verdict != "mismatch" for model in verified), models=verified)
+
+
+# Ids contain slashes, which clients send as they are or as %2F.
+@router.delete("/{model_id:path}")
+async def delete_model(model_id: str, request: Request) -> Deleted:
+    """Remove a model from the disk; 409 while it is loaded or waited for."""
+    services: Services = request.app.state.services
+    with named_model_id():
+        return Deleted(model_id=model_id, freed_bytes=services.engine.delete_model(model_id))
+
+
 @contextmanager
-def _named_model_id() -> Iterator[None]:
+def named_model_id() -> Iterator[None]:
     """An unknown model is told of by the name its field has on these routes."""
     try:
         yield
@@ -101,3 +156,14 @@ def _available(files: ModelFiles) -> AvailableModel:
         verified=files.verified,
         problem=files.problem,
     )
+
+
+def _verified(model_id: str, checks: Sequence[FileCheck]) -> VerifiedModel:
+    files = [
+        VerifiedFile(name=check.name, verdict=check.verdict, expected_sha256=check.expected, actual_sha256=check.actual)
+        for check in checks
+    ]
+    if not checks:
+        return VerifiedModel(model_id=model_id, verdict="unrecorded", files=files)
+    right = all(check.verdict.right for check in checks)
+    return VerifiedModel(model_id=model_id, verdict="verified" if right else "mismatch", files=files)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from opta_lmx.manager.integrity import Verdict
 from opta_lmx.types import ModelState
 
 _GIB = 1024**3
@@ -23,10 +24,42 @@ class Wire(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
 
-class ModelRequest(Wire):
-    """Which model to load or unload."""
+ModelName = Annotated[str, Field(min_length=1, max_length=512, examples=["smollm2-135m-instruct"])]
 
-    model_id: Annotated[str, Field(min_length=1, max_length=512, examples=["smollm2-135m-instruct"])]
+
+class ModelRequest(Wire):
+    """Which model to load, pin or unpin."""
+
+    model_id: ModelName
+
+
+class UnloadRequest(ModelRequest):
+    """Which model to unload; ``force`` ends its pin and its leases first."""
+
+    force: bool = False
+
+
+class PlanRequest(ModelRequest):
+    """Which load to plan; ``context_length`` in tokens, None for the model's own."""
+
+    context_length: Annotated[int, Field(ge=1)] | None = None
+
+
+class VerifyRequest(Wire):
+    """Which model to hash; None for all."""
+
+    model_id: ModelName | None = None
+
+
+# A week: longer than any job of a bot, and what is meant to stay is pinned.
+_LONGEST_LEASE_SECONDS = 7 * 86400
+
+
+class LeaseRequest(ModelRequest):
+    """Which model to keep in memory, for how long, and who asks."""
+
+    seconds: Annotated[float, Field(gt=0, le=_LONGEST_LEASE_SECONDS)]
+    owner: Annotated[str, Field(min_length=1, max_length=128, examples=["nightly-report"])]
 
 
 class Health(Wire):
@@ -98,6 +131,61 @@ class Unloaded(Wire):
     success: Literal[True] = True
     model_id: str
     memory_freed_gb: float
+
+
+class Pinned(Wire):
+    """The answer to a pin or its end."""
+
+    success: Literal[True] = True
+    model_id: str
+    pinned: bool
+
+
+class Deleted(Wire):
+    """The answer to a deletion; ``freed_bytes`` are those of the files removed."""
+
+    success: Literal[True] = True
+    model_id: str
+    freed_bytes: int
+
+
+class Leased(Wire):
+    """The answer to a lease."""
+
+    lease_id: str
+    model_id: str
+    expires_at: float
+
+
+class LeaseEnded(Wire):
+    """The answer to the end of a lease."""
+
+    success: Literal[True] = True
+    lease_id: str
+
+
+class VerifiedFile(Wire):
+    """One file beside its record; a hash is None where there is no record, or no file that can be read."""
+
+    name: str
+    verdict: Verdict
+    expected_sha256: str | None
+    actual_sha256: str | None
+
+
+class VerifiedModel(Wire):
+    """A model's files; ``unrecorded``: models.lock does not know it, so there is nothing to compare."""
+
+    model_id: str
+    verdict: Literal["verified", "mismatch", "unrecorded"]
+    files: list[VerifiedFile]
+
+
+class Verification(Wire):
+    """The answer of POST /admin/models/verify; ``success``: no file differs from its record."""
+
+    success: bool
+    models: list[VerifiedModel]
 
 
 class Ledger(Wire):

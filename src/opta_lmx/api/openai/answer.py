@@ -12,6 +12,7 @@ import msgspec
 from opta_lmx.api.openai.output import AnswerOutput, merged
 from opta_lmx.api.openai.tools import ToolUse
 from opta_lmx.api.openai.wire import (
+    SYSTEM_FINGERPRINT,
     AnswerCall,
     AnswerMessage,
     ChatCompletion,
@@ -164,7 +165,7 @@ class ChatChunks:
             "object": "chat.completion.chunk",
             "created": head.created,
             "model": generation.model_id,
-            "system_fingerprint": None,
+            "system_fingerprint": SYSTEM_FINGERPRINT,
         } | ({} if head.service_tier is None else {"service_tier": head.service_tier})
         start = _encode(self._common)[:-1]
         self._before = [b'%b,"choices":[{"index":%d,"delta":' % (start, index) for index in range(head.choices)]

@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: from OpenAI's request to a GenerateRequest, and the generation back, whole or streamed."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from opta_lmx.api.openai.structured import to_structured
 from opta_lmx.api.openai.tools import ToolUse, to_tool_use
 from opta_lmx.api.openai.wire import ChatCompletion, ChatRequest
 from opta_lmx.api.openapi import request_body
-from opta_lmx.api.parsing import read_object
+from opta_lmx.api.parsing import beside_others, parse_object, read_body
 from opta_lmx.api.services import Services
 from opta_lmx.api.sse import EventStream, cache_header
 from opta_lmx.api.validation import validate, wrong_value
@@ -67,14 +68,10 @@ _NOT_VARIABLES: Final = frozenset(
 )
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, whole or (`stream: true`) as server-sent events."""
-    body = await read_object(request)
-    # OpenAI answers this one case in its own words, and before it looks at anything else.
-    if not body.get("model"):
-        raise InvalidRequest("you must provide a model parameter")
-    chat = validate(ChatRequest, body)
     services: Services = request.app.state.services
-    use = to_tool_use(chat)
-    wanted = to_generate_request(chat, request.state.request_id, services.engine.preset(chat.model), use=use)
+    body = await read_body(request)
+    understand = partial(_understand, body, request.state.request_id, services.engine.preset)
+    chat, use, wanted = await beside_others(understand, body)
     head, logprobs = _head(chat, use, request), bool(chat.logprobs)
     writer = partial(ChatChunks, head, include_usage=_include_usage(chat), logprobs=logprobs)
     if chat.stream:
@@ -85,6 +82,19 @@ async def create_chat_completion(request: Request) -> Response:
             answer.add(deltas)
     content = answer.completion().model_dump_json(exclude=_absent(chat))
     return Response(content, headers=cache_header(generation.cache), media_type="application/json")
+
+
+def _understand(
+    body: bytes, request_id: str, preset_of: Callable[[str], Preset | None]
+) -> tuple[ChatRequest, ToolUse, GenerateRequest]:
+    """All that is done with a request before it is handed on; may run in a thread."""
+    fields = parse_object(body)
+    # OpenAI answers this one case in its own words, and before it looks at anything else.
+    if not fields.get("model"):
+        raise InvalidRequest("you must provide a model parameter")
+    chat = validate(ChatRequest, fields)
+    use = to_tool_use(chat)
+    return chat, use, to_generate_request(chat, request_id, preset_of(chat.model), use=use)
 
 
 def to_generate_request(

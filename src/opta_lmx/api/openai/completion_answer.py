@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from opta_lmx.api.openai.wire import CompletionDetails, PromptDetails, Usage
+from opta_lmx.api.openai.wire import SYSTEM_FINGERPRINT, CompletionDetails, PromptDetails, Usage
 from opta_lmx.api.openai.wire_text import Completion, CompletionChoice, CompletionLogprobs
 from opta_lmx.inference.engine import Generation
 from opta_lmx.types import Delta, FinishReason, JsonObject, TokenLogprob
@@ -130,7 +130,7 @@ class TextChunks:
             "object": "text_completion",
             "created": head.created,
             "model": generation.model_id,
-            "system_fingerprint": None,
+            "system_fingerprint": SYSTEM_FINGERPRINT,
         }
         self._before = _encode(self._common)[:-1] + b',"choices":['
         self._after = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"

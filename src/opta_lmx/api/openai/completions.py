@@ -7,11 +7,11 @@ from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from opta_lmx.api.disconnect import generating
 from opta_lmx.api.openai.completion_answer import TextAnswer, TextChunks, TextHead
-from opta_lmx.api.openai.joint import joined
+from opta_lmx.api.openai.joint import Join, joining
 from opta_lmx.api.openai.wire_text import Completion, CompletionRequest, read_inputs
 from opta_lmx.api.openapi import request_body
 from opta_lmx.api.parsing import read_object
@@ -68,13 +68,11 @@ async def create_completion(request: Request) -> Response:
         logprobs=completion.logprobs is not None,
     )
     writer = partial(TextChunks, head, include_usage=_include_usage(completion))
-    together = partial(joined, services.engine, others=others, most_at_once=services.config.scheduling.max_running)
+    together = joining(services.engine, others, services.config.scheduling.max_running)
     if completion.stream:
         return _PromptStream(services.engine, first, writer, together)
-    async with (
-        generating(services.engine, first, request.receive) as opened,
-        together(opened) as generation,
-    ):
+    async with together as join, generating(services.engine, first, request.receive) as opened:
+        generation = await join(opened)
         answer = TextAnswer(head, generation)
         async for deltas in generation:
             answer.add(deltas)
@@ -90,14 +88,19 @@ class _PromptStream(EventStream):
         engine: InferenceEngine,
         first: GenerateRequest,
         make_writer: Callable[[Generation], EventWriter],
-        together: Callable[[Generation], AbstractAsyncContextManager[Generation]],
+        together: AbstractAsyncContextManager[Join],
     ) -> None:
         super().__init__(engine, first, make_writer)
         self._together = together
+        self._join: Join
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises what ``engine.open`` raises for any of the prompts."""
+        async with self._together as self._join:
+            await super().__call__(scope, receive, send)
 
     async def _stream(self, generation: Generation, send: Send) -> None:
-        async with self._together(generation) as joint:
-            await super()._stream(joint, send)
+        await super()._stream(await self._join(generation), send)
 
 
 def to_generate_requests(

@@ -1,8 +1,9 @@
 """Several prompts of one request, generated at once and read as one generation."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeAlias
 
 from anyio import CancelScope, CapacityLimiter, create_task_group
 
@@ -10,13 +11,13 @@ from opta_lmx.errors import LmxError
 from opta_lmx.inference.engine import Generation, InferenceEngine
 from opta_lmx.types import CacheReport, Delta, GenerateRequest
 
+Join: TypeAlias = Callable[[Generation], Awaitable[Generation]]
+
 
 class JointGeneration(Generation):
     """The generations of requests with ``n`` choices each; choice k of request i is choice ``i * n + k`` here."""
 
-    def __init__(self, first: Generation, size: int, n: int) -> None:
-        self.request_id = first.request_id
-        self.model_id = first.model_id
+    def __init__(self, size: int, n: int) -> None:
         self._parts: list[Generation] = []
         self._size = size
         self._n = n
@@ -49,7 +50,7 @@ class JointGeneration(Generation):
                 await self._next()
 
     async def aclose(self) -> None:
-        """Nothing: ``joined`` closes each of them."""
+        """Nothing: ``joining`` closes each of them."""
 
     async def opened(self) -> None:
         """Wait for the first token of every prompt; raises the first refusal."""
@@ -60,6 +61,7 @@ class JointGeneration(Generation):
 
     async def read(self, place: int, generation: Generation) -> None:
         """Takes in the generation of request ``place`` to its end, and closes it."""
+        self.request_id, self.model_id = generation.request_id, generation.model_id
         self._parts.append(generation)
         self._news.set()
         try:
@@ -87,34 +89,43 @@ class JointGeneration(Generation):
 
 
 @asynccontextmanager
-async def joined(
-    engine: InferenceEngine, first: Generation, others: Sequence[GenerateRequest], most_at_once: int
-) -> AsyncIterator[Generation]:
-    """``first`` together with the generations of ``others``, once each of them has its first token.
+async def joining(engine: InferenceEngine, others: Sequence[GenerateRequest], most_at_once: int) -> AsyncIterator[Join]:
+    """Starts ``others``; gives the function that joins the generation of a first request to theirs.
 
-    Of a long list at most ``most_at_once`` are open at any moment, so that one client's list cannot fill the queue.
-    Raises what ``engine.open`` raises; on every way out all of them are closed.
+    That function returns once each has its first token, and raises what ``engine.open`` raises. Of a long list at most
+    ``most_at_once`` are open at any moment, so that one client's list cannot fill the queue. On every way out of the
+    block all of them are closed.
     """
-    if not others:
-        yield first
-        return
-    joint = JointGeneration(first, len(others) + 1, others[0].sampling.n)
-    places = CapacityLimiter(most_at_once)
+    joint = JointGeneration(len(others) + 1, others[0].sampling.n if others else 1)
+    # The first has the one place that is missing here.
+    places = CapacityLimiter(max(most_at_once - 1, 1))
 
-    async def run(place: int, wanted: GenerateRequest | None) -> None:
+    async def read(place: int, wanted: GenerateRequest) -> None:
         try:
             async with places:
-                await joint.read(place, first if wanted is None else await engine.open(wanted))
+                await joint.read(place, await engine.open(wanted))
         except LmxError as error:
             joint.fail(error)
 
+    async def read_first(first: Generation) -> None:
+        try:
+            await joint.read(0, first)
+        except LmxError as error:
+            joint.fail(error)
+
+    async def join(first: Generation) -> Generation:
+        if not others:
+            return first
+        tasks.start_soon(read_first, first)
+        await joint.opened()
+        return joint
+
     try:
         async with create_task_group() as tasks:
-            for place, wanted in enumerate((None, *others)):
-                tasks.start_soon(run, place, wanted)
+            for place, wanted in enumerate(others, start=1):
+                tasks.start_soon(read, place, wanted)
             try:
-                await joint.opened()
-                yield joint
+                yield join
             finally:
                 tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:

@@ -20,6 +20,7 @@ class AnswerOutput:
 
     def __init__(self, generation: Generation, use: ToolUse, choices: int) -> None:
         self._generation = generation
+        self._may_stop = use.single
         self._choices = [ChoiceOutput(_parser_for(generation, use), single_call=use.single) for _ in range(choices)]
 
     @property
@@ -48,10 +49,9 @@ class AnswerOutput:
 
         Once every choice has said all it may, the generation is asked for no more.
         """
-        choice = self._choices[delta.choice]
-        was_full = choice.full
-        said = choice.add(delta)
-        if choice.full and not was_full and all(each.full or each.ended for each in self._choices):
+        said = self._choices[delta.choice].add(delta)
+        if self._may_stop and all(choice.full for choice in self._choices if not choice.ended):
+            self._may_stop = False
             self._generation.stop()
         return said
 

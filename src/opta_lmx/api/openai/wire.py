@@ -10,10 +10,15 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
+from opta_lmx import __version__
+
 # The same choices at once would be a batch of their own; OpenAI's 128 is meant for another scale of machine.
 MAX_CHOICES = 16
 
 MAX_TOOLS = 128
+
+# What made the answer; OpenAI's word for it. Schemas of the API know it as text, never null.
+SYSTEM_FINGERPRINT = f"opta-lmx-{__version__}"
 
 _MAX_INT32 = 2**31 - 1
 _MAX_INT64 = 2**63 - 1
@@ -345,7 +350,7 @@ class ChatCompletion(Wire):
     choices: list[Choice]
     usage: Usage
     service_tier: str | None = None
-    system_fingerprint: str | None = None
+    system_fingerprint: str = SYSTEM_FINGERPRINT
     metadata: dict[str, str] | None = None
 
 

@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, Tag, WithJsonSchema
 
 from opta_lmx.api.openai.wire import (
     MAX_CHOICES,
+    SYSTEM_FINGERPRINT,
     Count,
     Divisor,
     Fraction,
@@ -191,7 +192,7 @@ class Completion(Wire):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
-    system_fingerprint: str | None = None
+    system_fingerprint: str = SYSTEM_FINGERPRINT
 
 
 # -- embeddings ---------------------------------------------------------------------------------------

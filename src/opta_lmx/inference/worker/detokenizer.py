@@ -30,9 +30,10 @@ class TokenTable:
         self._backend = tokenizer.backend_tokenizer
         added = tokenizer.added_tokens_decoder
         self._special = {id for id, token in added.items() if token.special and token.content not in keep}
-        self._keeps = any(token.special and token.content in keep for token in added.values())
         self._added = {id: token.content for id, token in added.items()}
-        self._pieces: dict[int, bytes] = {}
+        kept = {id: token.content.encode() for id, token in added.items() if token.special and token.content in keep}
+        self._keeps = bool(kept)
+        self._pieces: dict[int, bytes] = kept
         self._to_bytes, self.strips_first_space = _byte_rule(self._backend)
 
     @property

@@ -107,7 +107,7 @@ class EchoBackend:
     def prepare(self, frame: Generate) -> Prepared:
         """Tokenise a text, or the last user message of a chat, which is the whole of its template."""
         if frame.structured is not None:
-            raise UnsupportedParameter("An echo model cannot follow a grammar.", param="response_format")
+            raise UnsupportedParameter("An echo model cannot follow a grammar.", param=frame.structured.field)
         token_ids, param = _tokenise(frame.prompt)
         context = min(self._context_length, frame.context_length or self._context_length)
         room = context - len(token_ids)

@@ -130,6 +130,8 @@ class Encoder:
     def _embed(self, ids: mx.array, types: mx.array) -> mx.array:
         words, kinds, places = (self._weights[f"embeddings.{name}_embeddings.weight"] for name in _EMBEDDINGS)
         begin = self._shape.first_position
+        # RoBERTa has one type for both texts of a pair, whatever its tokenizer says.
+        types = mx.minimum(types, self._shape.types - 1)
         return self._norm(words[ids] + kinds[types] + places[begin : begin + ids.shape[1]], "embeddings.LayerNorm")
 
     def _attend(self, x: mx.array, mask: mx.array, name: str) -> mx.array:

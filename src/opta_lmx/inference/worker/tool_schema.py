@@ -48,7 +48,7 @@ def _names_all(schema: JsonObject) -> bool:
     named, required = schema.get("properties"), schema.get("required", ())
     if not named or not isinstance(named, Mapping) or not isinstance(required, list | tuple):
         return False
-    return not _OPEN & schema.keys() and all(name in named for name in required)
+    return not _OPEN & schema.keys() and all(isinstance(name, str) and name in named for name in required)
 
 
 def _moved(schema: Any, root: str) -> Any:

@@ -144,6 +144,10 @@ class VllmBackend:
         """Sequences in the batch and requests in line."""
         return self._scheduler.depths()
 
+    def rest(self) -> None:
+        """Give back the buffers MLX keeps for reuse."""
+        mx.clear_cache()
+
     def memory(self) -> tuple[int, int]:
         """Bytes live in MLX, and bytes the prefix cache holds."""
         return mx.get_active_memory(), self._prefixes.nbytes if self._prefixes is not None else 0

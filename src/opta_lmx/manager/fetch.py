@@ -1,0 +1,375 @@
+"""The download job: a repository's files into ``<target>.incomplete``, checked and recorded, in a process of its own.
+
+    python -m opta_lmx.manager.fetch
+
+Run by ``download.py``, spoken to as ``hub.py`` says. Standard input is the parent's lifeline: at its end the job ends.
+Bytes are hashed while they are written. A file grows as ``.parts/<hash>/<path>``, so that what is there belongs to
+this content of the file and to no other, and moves to its place when its hash is right.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import select
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+import httpx2  # the client that huggingface_hub brings and hands out
+import msgspec
+from huggingface_hub import HfApi, ModelInfo, get_session, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+from opta_lmx.errors import (
+    Conflict,
+    DiskFull,
+    DownloadError,
+    HubUnreachable,
+    IntegrityMismatch,
+    InvalidRequest,
+    LmxError,
+    ModelNotFound,
+)
+from opta_lmx.manager.hub import (
+    INCOMPLETE_SUFFIX,
+    Failed,
+    HubFile,
+    Order,
+    Plan,
+    Progress,
+    Recorded,
+    Report,
+    choose_files,
+)
+from opta_lmx.manager.integrity import ModelsLock
+
+_PARTS: Final = ".parts"
+_CHUNK_BYTES: Final = 1024 * 1024
+
+# Seconds between two lines of progress: a bar moves smoothly, and the server hardly notices.
+_TICK_SECONDS: Final = 0.2
+
+
+class _Trouble(Exception):
+    """A failure that may pass; ``after_seconds`` is when the hub wants to be asked again."""
+
+    def __init__(self, reason: str, after_seconds: float | None = None) -> None:
+        super().__init__(reason)
+        self.after_seconds = after_seconds
+
+
+class _Retries:
+    """Counts the failures in a row of one piece of work."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._failures = 0
+
+    def progressed(self) -> None:
+        """The work goes on: earlier failures are forgiven."""
+        self._failures = 0
+
+    def pause(self, trouble: _Trouble) -> None:
+        """Waits before the next attempt. Raises HubUnreachable if there is to be none."""
+        patience = self._order.patience
+        self._failures += 1
+        seconds = min(patience.first_pause_seconds * 2 ** (self._failures - 1), patience.longest_pause_seconds)
+        seconds = seconds if trouble.after_seconds is None else trouble.after_seconds
+        if self._failures >= patience.attempts or seconds > patience.longest_pause_seconds:
+            raise HubUnreachable(f"{self._order.endpoint} cannot be reached or does not go on: {trouble}.")
+        time.sleep(seconds)
+
+
+def _judge(response: httpx2.Response, order: Order) -> Exception:
+    """What an answer that is no success means."""
+    status, word = response.status_code, response.headers.get("x-error-code")
+    if status in (401, 403):
+        name = order.token_name
+        cure = f"the token in {name} gives no access" if order.token else f"no token is given in {name}"
+        cure = cure if name else "downloads.token_env names no variable with a token"
+        return InvalidRequest(
+            f"The hub refuses access to {order.repo_id!r}: it is gated or private, or there is no such repository; "
+            f"{cure}. Accept the model's terms on its page and use a token of that account.",
+            param="repo_id",
+            code="hub_access_denied",
+        )
+    if status == 404 and word == "RevisionNotFound":
+        message = f"{order.repo_id!r} has no revision {order.revision!r}."
+        return InvalidRequest(message, param="revision", code="revision_not_found")
+    if status == 404:
+        return ModelNotFound(order.repo_id)
+    if status == 429 or status >= 500:
+        after = response.headers.get("retry-after", "")
+        return _Trouble(f"it answers {status}", float(after) if after.isdecimal() else None)
+    return DownloadError(f"The hub answers {status}, which means nothing here.")
+
+
+@contextmanager
+def _mapped(order: Order) -> Iterator[None]:
+    """Turns the hub library's and its client's exceptions into our own."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise _judge(error.response, order) from None
+    except httpx2.TimeoutException:
+        raise _Trouble(f"no answer within {order.patience.silence_seconds:g} seconds") from None
+    except httpx2.ConnectError:
+        raise _Trouble("no connection") from None
+    except httpx2.HTTPError as error:
+        raise _Trouble(f"the connection broke ({type(error).__name__})") from None
+
+
+class Fetch:
+    """One repository's download. Its threads each own a file; the main thread alone speaks to the parent."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._root = Path(order.root)
+        self._target = self._root / order.repo_id
+        self._home = self._target.with_name(self._target.name + INCOMPLETE_SUFFIX)
+        self._headers = build_hf_headers(token=order.token or False) | {"accept-encoding": "identity"}
+        self._commit = ""
+        self._bytes: dict[str, int] = {}
+        self._verified: list[str] = []
+        self._failure: LmxError | None = None
+        self._allowed = 0
+        self._woken, self._waker = os.pipe()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def plan(self) -> Plan:
+        """Asks the hub. Raises InvalidRequest, ModelNotFound, HubUnreachable, DownloadError."""
+        info, order = self._ask(), self._order
+        if not info.sha:
+            raise DownloadError(f"The hub names no commit for {order.repo_id!r}.")
+        self._commit = info.sha
+        listed = [_hub_file(sibling) for sibling in info.siblings or ()]
+        files = choose_files(order.repo_id, listed, order.patterns)
+        return Plan(info.sha, files, {file.path: size for file in files if (size := self._present(file))})
+
+    def _ask(self) -> ModelInfo:
+        order, retries = self._order, _Retries(self._order)
+        api = HfApi(endpoint=order.endpoint, token=order.token or False)
+        seconds = order.patience.silence_seconds
+        while True:
+            try:
+                with _mapped(order):
+                    return api.model_info(order.repo_id, revision=order.revision, timeout=seconds, files_metadata=True)
+            except _Trouble as trouble:
+                retries.pause(trouble)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise HubUnreachable(f"What answers at {order.endpoint} is no model hub.") from error
+
+    def run(self, files: tuple[HubFile, ...]) -> None:
+        """Downloads each file when the parent lets it; returns once all are whole, on disk and recorded.
+
+        Raises the first failure of any file, and OSError.
+        """
+        if self._target.exists():
+            raise Conflict(f"{self._order.repo_id!r} is on disk already.")
+        self._home.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            begun = 0
+            while len(self._verified) < len(files):
+                self._wait()
+                for file in files[begun : self._allowed]:
+                    threading.Thread(target=self._work, args=(file,), daemon=True).start()
+                    begun += 1
+                _say(Progress(dict(self._bytes), tuple(self._verified)))
+                if self._failure is not None:
+                    raise self._failure
+            self._discard_others({file.path for file in files})
+            ModelsLock(self._root).record(self._order.repo_id, self._home, self._order.repo_id, self._commit)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process writes to the directory meanwhile."""
+        descriptor = os.open(self._home, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise Conflict(f"Another process downloads {self._order.repo_id!r}.") from None
+        finally:
+            os.close(descriptor)
+
+    def _listen(self) -> None:
+        """Counts the files that may begin; the end of the parent is the end of the process."""
+        while words := os.read(0, 4096):
+            self._allowed += words.count(b"\n")
+            os.write(self._waker, b"\n")
+        os._exit(1)
+
+    def _wait(self) -> None:
+        """Returns after a tick, a file's end or a word of the parent."""
+        ready, _, _ = select.select([self._woken], [], [], _TICK_SECONDS)
+        if ready:
+            os.read(self._woken, 4096)
+
+    def _work(self, file: HubFile) -> None:
+        try:
+            self._fetch(file)
+        except LmxError as error:
+            self._failure = error
+        except OSError as error:
+            self._failure = _disk_error(error, file.size, self._root)
+        else:
+            self._verified.append(file.path)
+        finally:
+            os.write(self._waker, b"\n")
+
+    def _part(self, file: HubFile) -> Path:
+        return self._home / _PARTS / file.digest / file.path
+
+    def _present(self, file: HubFile) -> int:
+        """Bytes of it that an earlier attempt has left; not yet known to be right."""
+        for path in (self._home / file.path, self._part(file)):
+            with suppress(OSError):
+                if (size := path.stat().st_size) <= file.size:
+                    return size
+        return 0
+
+    def _fetch(self, file: HubFile) -> None:
+        """Makes the file whole. Raises IntegrityMismatch, and then no byte of it is left."""
+        place, part = self._home / file.path, self._part(file)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_file():
+            # Checked once, but by another process, and perhaps against another revision.
+            if place.stat().st_size == file.size and self._continue(file, place).hexdigest() == file.digest:
+                return
+            place.unlink()
+        with part.open("ab", buffering=0) as output:
+            found = self._fill(file, part, output)
+            os.fsync(output.fileno())
+        if found != file.digest:
+            part.unlink()
+            self._bytes.pop(file.path, None)
+            raise IntegrityMismatch(file.path, file.digest, found)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part.replace(place)
+
+    def _fill(self, file: HubFile, part: Path, output: Any) -> str:
+        """Reads on from where the part ends until the file has its size; gives the hash of all its bytes."""
+        retries = _Retries(self._order)
+        if output.tell() > file.size:
+            output.truncate(0)
+        digest = self._continue(file, part)
+        furthest = part.stat().st_size
+        while (at := part.stat().st_size) < file.size:
+            try:
+                with _mapped(self._order), self._open(file, at) as response:
+                    if response.status_code in (200, 416) and at:
+                        # It sends the whole file, or has fewer bytes than are here: begin again.
+                        output.truncate(0)
+                        digest, at = _new_digest(file), 0
+                    if response.status_code == 416:
+                        raise _Trouble("it refuses to go on with the file")
+                    if response.status_code not in (200, 206):
+                        raise _judge(response, self._order)
+                    for chunk in response.iter_raw():
+                        at += len(chunk)
+                        if at > file.size:
+                            part.unlink()
+                            raise IntegrityMismatch(file.path, f"{file.size} bytes", "more")
+                        output.write(chunk)
+                        digest.update(chunk)
+                        self._bytes[file.path] = at
+                        # Bytes that were here before and had to be thrown away are no progress.
+                        if at > furthest:
+                            furthest = at
+                            retries.progressed()
+                if at < file.size:
+                    raise _Trouble("the connection ended early")
+            except _Trouble as trouble:
+                retries.pause(trouble)
+        return str(digest.hexdigest())
+
+    def _open(self, file: HubFile, at: int) -> Any:
+        url = hf_hub_url(self._order.repo_id, file.path, revision=self._commit, endpoint=self._order.endpoint)
+        headers = self._headers | ({"range": f"bytes={at}-"} if at else {})
+        return get_session().stream("GET", url, headers=headers, timeout=self._order.patience.silence_seconds)
+
+    def _continue(self, file: HubFile, path: Path) -> Any:
+        """The hash of the file so far."""
+        digest, at = _new_digest(file), 0
+        with suppress(FileNotFoundError), path.open("rb") as earlier:
+            while chunk := earlier.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                at += len(chunk)
+                self._bytes[file.path] = at
+        return digest
+
+    def _discard_others(self, wanted: set[str]) -> None:
+        """Removes what earlier attempts, at other revisions or with other patterns, have left."""
+        for folder, folders, names in os.walk(self._home, topdown=False):
+            for name in names:
+                path = Path(folder, name)
+                if path.relative_to(self._home).as_posix() not in wanted:
+                    path.unlink()
+            for name in folders:
+                with suppress(OSError):
+                    Path(folder, name).rmdir()
+
+
+def _new_digest(file: HubFile) -> Any:
+    if file.sha256 is not None:
+        return hashlib.sha256()
+    # git's name for a file's content: SHA-1 over a header and the bytes.
+    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+
+
+def _hub_file(sibling: Any) -> HubFile:
+    lfs: Mapping[str, Any] = sibling.lfs or {}
+    size = sibling.size if sibling.size is not None else -1
+    return HubFile(str(sibling.rfilename), size, lfs.get("sha256"), sibling.blob_id)
+
+
+def _disk_error(error: OSError, need_bytes: int, root: Path) -> LmxError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(need_bytes, shutil.disk_usage(root).free)
+    return DownloadError(f"The files cannot be written ({error.strerror}).")
+
+
+def _say(report: Report) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _crash(failed: threading.ExceptHookArgs) -> None:
+    """A bug in a thread ends the process; the parent tells of it."""
+    traceback.print_exception(failed.exc_value)
+    os._exit(1)
+
+
+def main() -> None:
+    """Follows the order on standard input; every outcome is a line on standard output."""
+    threading.excepthook = _crash
+    # Unbuffered, byte by byte: what follows the order belongs to the listener.
+    line = bytearray()
+    while (byte := os.read(0, 1)) not in (b"\n", b""):
+        line += byte
+    order = msgspec.json.decode(bytes(line), type=Order)
+    fetch = Fetch(order)
+    try:
+        plan = fetch.plan()
+        _say(plan)
+        fetch.run(plan.files)
+        _say(Recorded())
+    except LmxError as error:
+        _say(Failed.of(error))
+    except OSError as error:
+        _say(Failed.of(_disk_error(error, 0, Path(order.root))))
+    # Threads that still download must not hold the process.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The log of a real server: one canonical line a request, and nobody's words or keys at any level."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from opta_lmx.types import EchoOptions, JsonObject
+from tests.integration.chatting import CHAT, chat, connect, stream, until, until_all_returned, words
+from tests.integration.conftest import Models, RunningServer, StartServer
+
+# An echo model answers with its prompt: PROMPT is a word of both, ANSWER one that only tokens can make.
+PROMPT, SYSTEM, ARGUMENT, HEADER = "canaryprompt", "canarysystem", "canaryargument", "canaryheader"
+API_KEY, ADMIN_KEY, WRONG_KEY = "sk-canary-api", "canary-admin", "sk-canary-wrong"
+CANARIES = (PROMPT, SYSTEM, ARGUMENT, HEADER, API_KEY, ADMIN_KEY, WRONG_KEY)
+
+ADMIN = {"x-admin-key": ADMIN_KEY}
+
+
+def lines(server: RunningServer) -> list[JsonObject]:
+    """Every line of the log; each must be an object, whoever wrote it."""
+    return [json.loads(line) for line in server.log.read_text().splitlines()]
+
+
+def canonical(server: RunningServer) -> dict[str, JsonObject]:
+    """The canonical lines by request id; each id must have one."""
+    found = [line for line in lines(server) if line["event"] == "request_finished"]
+    by_id = {line["request_id"]: line for line in found}
+    assert len(by_id) == len(found), found
+    return by_id
+
+
+async def listening(client: httpx.AsyncClient) -> bool:
+    """True once the server answers."""
+    try:
+        return (await client.get("/admin/health")).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+class Caller:
+    """Sends requests under ids of their own."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    async def ask(self, request_id: str, model: str, text: str, **fields: Any) -> int:
+        """The status of a chat."""
+        body = chat(model, text, **fields)
+        body["messages"].insert(0, {"role": "system", "content": SYSTEM})
+        response = await self._client.post(CHAT, json=body, headers={"x-request-id": request_id})
+        return response.status_code
+
+
+@pytest.fixture
+def guarded(server: StartServer) -> Iterator[RunningServer]:
+    """A server with both keys; the settings and models are those of one without, which has ended before."""
+    models: Models = {
+        "good": EchoOptions(),
+        "slow": EchoOptions(token_seconds=0.02),
+        "dies": EchoOptions(exit_at=3),
+        "bad": EchoOptions(fail_load="it is broken"),
+    }
+    open_one = server(models, logging={"level": "DEBUG"})
+    open_one.stop()
+    home = open_one.log.parent
+    keys = {"OPTA_LMX__SECURITY__API_KEYS": json.dumps([API_KEY]), "OPTA_LMX__SECURITY__ADMIN_KEY": ADMIN_KEY}
+    log = home / "guarded.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "opta_lmx", "--config", str(home / "config.yaml")],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HOME": str(home), **keys},
+            cwd=home,
+        )
+    running = RunningServer(open_one.url, open_one.port, process, log)
+    yield running
+    running.stop()
+
+
+async def test_the_log_tells_every_request_and_no_words(guarded: RunningServer) -> None:
+    """At DEBUG, through answers, streams, refusals, deaths, departures and broken bodies: ids and numbers alone."""
+    running = guarded
+    text = f"{PROMPT} {words(12)}"
+    limits = httpx.Timeout(30)
+    key = {"authorization": f"Bearer {API_KEY}", "x-other": HEADER}
+    async with httpx.AsyncClient(base_url=running.url, trust_env=False, headers=key, timeout=limits) as client:
+        await until(lambda: listening(client), bool)
+        caller = Caller(client)
+        assert await caller.ask("whole", "good", text) == 200
+        assert await caller.ask("short", "good", text, max_tokens=2) == 200
+        assert await caller.ask("unknown", PROMPT, text) == 404
+        assert await caller.ask("long", "good", words(5000)) == 400
+        assert await caller.ask("failing", "bad", text) == 422
+        assert await caller.ask("dying", "dies", text) in (500, 503)
+        assert await caller.ask("malformed", "good", text, temperature=ARGUMENT) == 400
+        await client.post(CHAT, content=f'{{"broken": {PROMPT}'.encode(), headers={"x-request-id": "broken"})
+        await client.post(CHAT, json=chat("good", text), headers={"authorization": f"Bearer {WRONG_KEY}"})
+        await client.get(f"/v1/models/{PROMPT}?key={API_KEY}")
+        assert (await stream(client, chat("good", text))).done
+        begun = anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stream, client, chat("slow", f"{PROMPT} {words(500)}"), begun)
+            await begun.wait()
+            tasks.cancel_scope.cancel()
+        async with httpx.AsyncClient(base_url=running.url, trust_env=False, headers=ADMIN) as admin:
+            await until_all_returned(admin)
+
+    async def logged() -> dict[str, JsonObject]:
+        return canonical(running)
+
+    # The server's own write is behind its answer by a moment.
+    told = await until(logged, lambda found: len(found) >= 8)
+    assert len(told) == 8
+    ends = {id: (told[id]["model"], told[id]["outcome"], told[id]["error"]) for id in told if id in SENT}
+    assert ends == SENT
+    others = sorted(line["outcome"] for id, line in told.items() if id not in SENT)
+    assert others == ["cancelled", "stop"]
+    whole = told["whole"]
+    assert whole["completion_tokens"] >= 13
+    assert 0 <= whole["queue_s"] <= whole["ttft_s"] <= whole["duration_s"]
+    assert told["short"]["completion_tokens"] == 2
+    log = running.log.read_text()
+    assert [canary for canary in CANARIES if canary in log] == []
+
+
+SENT = {
+    "whole": ("good", "stop", None),
+    "short": ("good", "length", None),
+    "unknown": (None, "refused", "ModelNotFound"),
+    "long": ("good", "refused", "ContextTooLong"),
+    "failing": ("bad", "error", "LoadFailed"),
+    "dying": ("dies", "error", "WorkerLost"),
+}
+
+
+async def test_metrics_are_the_sum_of_the_lines(server: StartServer) -> None:
+    """After a mixed run of real processes, every count of /admin/metrics is what the canonical lines add up to."""
+    running = server({"a": EchoOptions(), "b": EchoOptions(), "bad": EchoOptions(fail_load="it is broken")})
+    async with connect(running) as client:
+        for model in ("a", "b", "bad", "nobody"):
+            for count in (3, 40):
+                await client.post(CHAT, json=chat(model, words(count), n=2))
+                await stream(client, chat(model, words(count)))
+        await until_all_returned(client)
+        shown = (await client.get("/admin/metrics/json")).json()
+    told = canonical(running).values()
+    assert len(told) == 16
+    outcomes = Counter((line["model"] or "", line["outcome"]) for line in told)
+    samples = shown["lmx_requests_total"]["samples"]
+    assert {(s["labels"]["model"], s["labels"]["outcome"]): s["value"] for s in samples if s["value"]} == outcomes
+    for metric, field in (
+        ("lmx_prompt_tokens_total", "prompt_tokens"),
+        ("lmx_prompt_tokens_cached_total", "cached_tokens"),
+        ("lmx_generation_tokens_total", "completion_tokens"),
+    ):
+        counted = {s["labels"]["model"]: s["value"] for s in shown[metric]["samples"]}
+        assert counted == {model: sum(line[field] for line in told if line["model"] == model) for model in counted}
+    first_tokens = {s["labels"]["model"]: s["count"] for s in shown["lmx_time_to_first_token_seconds"]["samples"]}
+    assert first_tokens == {"a": 4, "b": 4}
+    loads = {s["labels"]["model"]: s["count"] for s in shown["lmx_model_load_seconds"]["samples"]}
+    assert loads == {"a": 1, "b": 1}
