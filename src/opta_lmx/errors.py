@@ -5,6 +5,7 @@ LmxError
 │   ├── InvalidRequest         a field is missing, malformed or out of range
 │   ├── UnsupportedParameter   a field this server or model cannot honour
 │   ├── ModelNotFound          no model, alias or preset of that name
+│   ├── LeaseNotFound          no lease of that id
 │   └── ContextTooLong         the prompt does not fit the model's context
 ├── AccessDenied               missing or wrong key
 ├── Conflict                   the model's state forbids it now (loaded, leased, pinned)
@@ -65,6 +66,16 @@ class ModelNotFound(RequestRejected):
         )
         self.name = name
         self.nearest = tuple(nearest)
+
+
+class LeaseNotFound(RequestRejected):
+    """No lease has this id, or none any more."""
+
+    def __init__(self, lease_id: str) -> None:
+        super().__init__(
+            f"There is no lease {lease_id[:100]!r}; it may have ended.", param="lease_id", code="lease_not_found"
+        )
+        self.lease_id = lease_id
 
 
 class ContextTooLong(RequestRejected):

@@ -21,7 +21,7 @@ from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.starter import starter_files
 from opta_lmx.types import JsonObject
 from tests.contract.conftest import connect
-from tests.fake_workers import GIB, House
+from tests.fake_workers import GIB, WALL_OFFSET_SECONDS, House
 from tests.fakes import make_world
 from tests.gguf_files import byte_level_vocabulary, random_weights, write_llama
 
@@ -169,6 +169,22 @@ async def test_a_lease_can_be_ended_once(tmp_path: Path) -> None:
         assert "leased by y" in (await lmx.post("models/unload", 409, model_id="a"))["message"]
         await lmx.delete(f"leases/{second['lease_id']}")
         await lmx.post("models/unload", model_id="a")
+
+
+async def test_leases_that_last_are_listed(tmp_path: Path) -> None:
+    """With their owner and their end; also those of a model whose worker has died, which they keep from deletion."""
+    async with desk(tmp_path) as lmx:
+        await lmx.post("models/load", model_id="a")
+        lease = await lmx.post("leases", model_id="a", seconds=60, owner="bot")
+        end = lmx.house.clock() + WALL_OFFSET_SECONDS + 60
+        row = {"lease_id": lease["lease_id"], "model_id": "a", "owner": "bot", "expires_at": end}
+        assert (await lmx.client.get("/admin/leases")).json() == {"leases": [row]}
+        lmx.house.machine.worker("a").end(-9)
+        assert (await lmx.client.get("/admin/leases")).json() == {"leases": [row]}
+        assert "leased by bot" in (await lmx.delete("models/a", 409))["message"]
+        await lmx.house.advance(60)
+        assert (await lmx.client.get("/admin/leases")).json() == {"leases": []}
+        await lmx.delete("models/a")
 
 
 async def test_a_model_is_deleted_only_while_nobody_needs_it(tmp_path: Path) -> None:

@@ -377,10 +377,9 @@ def test_a_damaged_lock_does_not_hide_models(root: Path) -> None:
     """The listing goes on without verdicts."""
     put(root / "m")
     (root / "models.lock").write_bytes(b"{")
-    assert [(files.id, files.verified) for files in manager(root, starter=True).list_available()] == [
-        ("m", False),
-        (STARTER_ID, False),
-    ]
+    listed = {files.id: files.verified for files in manager(root, starter=True).list_available()}
+    assert {"m", STARTER_ID} <= listed.keys()
+    assert not any(listed.values())
 
 
 def test_delete_removes_files_import_and_record(root: Path) -> None:

@@ -67,6 +67,7 @@ TABLE: Mapping[type[Exception], Row] = {
     lmx.InvalidRequest: Row(400, _REQUEST),
     lmx.UnsupportedParameter: Row(400, _REQUEST, "unsupported_parameter"),
     lmx.ModelNotFound: Row(404, _REQUEST, "model_not_found"),
+    lmx.LeaseNotFound: Row(404, _REQUEST, "lease_not_found"),
     lmx.ContextTooLong: Row(400, _REQUEST, "context_length_exceeded"),
     BodyTooLarge: Row(413, _REQUEST),
     UnknownRoute: Row(404, _REQUEST),

@@ -38,7 +38,7 @@ def run_pull(arguments: Arguments, environ: Mapping[str, str]) -> int:
     download = ask(remote, "POST", _ROUTE, body, _HINTS)
     path = f"{_ROUTE}/{download['download_id']}"
     with _cancelled_by_interrupt(remote, path):
-        for download in follow(remote, f"{path}/progress"):  # noqa: B020  # each is the same download, later
+        for download in follow(remote, f"{path}/progress"):  # each is the same download, later
             _show(_line(download))
     _show("")
     if arguments.json:
@@ -63,7 +63,8 @@ def _cancelled_by_interrupt(remote: Remote, path: str) -> Iterator[None]:
 
 def _failure(model: str, download: Mapping[str, Any]) -> Failure:
     error = download["error"]
-    message = error["message"] if error else f"the download of {model} was cancelled"
+    ended = "was cancelled" if download["state"] == "cancelled" else "goes on, but the server says no more of it"
+    message = error["message"] if error else f"the download of {model} {ended}"
     return Failure(message, f"opta-lmx pull {model} goes on with what is here")
 
 

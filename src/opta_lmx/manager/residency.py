@@ -158,10 +158,10 @@ class Residency:
 
     @contextmanager
     def kept_out(self, model_id: str) -> Iterator[None]:
-        """Keeps the model out of memory while its files change; raises Conflict if it is in memory or waited for."""
+        """Keeps the model out of memory while its files change; Conflict if it is in memory, waited for or held."""
         record = self._records.get(model_id)
-        if record is not None and (record.process is not None or record.waiters):
-            raise Conflict(f"{model_id!r} is {record.state if record.process else 'waited for'}. Unload it first.")
+        if record is not None and (record.process is not None or record.waiters or record.holds):
+            raise Conflict(f"{model_id!r} is {record.state if record.process else record.protection or 'waited for'}.")
         if model_id in self._kept_out:
             raise Conflict(f"The files of {model_id!r} are being changed already.")
         self._kept_out.add(model_id)

@@ -54,11 +54,20 @@ class UnloadResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ShownHold:
+    """A bot's lease as status shows it; ``expires_at`` is a wall-clock second."""
+
+    lease_id: str
+    owner: str
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class ResidentModel:
     """One model as status shows it. ``*_at`` are wall-clock seconds; ``memory_bytes`` is what the ledger counts for it.
 
-    ``leases`` are running requests, ``holds`` the bots' leases, ``waiters`` callers waiting for the load or for
-    room. ``reason`` says why it is not in memory where that was not asked for.
+    ``leases`` are running requests, ``holds`` the number of the bots' leases, ``held`` those leases, ``waiters``
+    callers waiting for the load or for room. ``reason`` says why it is not in memory where that was not asked for.
     """
 
     id: str
@@ -77,6 +86,7 @@ class ResidentModel:
     reason: str | None
     waiters: int
     facts: ModelFacts | None
+    held: tuple[ShownHold, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -225,6 +235,7 @@ class Record:
             reason=self.reason,
             waiters=len(self.waiters),
             facts=worker.facts if worker else None,
+            held=tuple(ShownHold(lease, hold.owner, wall + hold.until - now) for lease, hold in self.holds.items()),
         )
 
     def check(self, reserved_bytes: int) -> None:

@@ -17,8 +17,8 @@ from opta_lmx.types import Delta
 
 # Upper bounds in seconds. Every histogram spans what can happen here, finest where a promise or a default lies.
 
-# From a cached prompt of a tiny model to the longest load a worker is given (900 s).
-_WAIT_BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900)
+# From a queue nobody is in to the longest load a worker is given (900 s).
+_WAIT_BOUNDS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900)
 # From a step of a nano model (0.6 ms) past the bound on a stall behind another's prefill (0.25 s).
 _GAP_BOUNDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 # From an embedding to an answer as long as a context.

@@ -3,14 +3,27 @@
 from fastapi import APIRouter, Request
 
 from opta_lmx.api.admin.models import named_model_id
-from opta_lmx.api.admin.wire import Leased, LeaseEnded, LeaseRequest
-from opta_lmx.api.errors import UnknownRoute
+from opta_lmx.api.admin.wire import Lease, Leased, LeaseEnded, LeaseRequest, Leases
 from opta_lmx.api.openapi import request_body
 from opta_lmx.api.parsing import read_object
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import validate
+from opta_lmx.errors import LeaseNotFound
 
 router = APIRouter(prefix="/admin/leases", tags=["admin"])
+
+
+@router.get("")
+async def list_leases(request: Request) -> Leases:
+    """Every lease that lasts, by model."""
+    services: Services = request.app.state.services
+    return Leases(
+        leases=[
+            Lease(lease_id=held.lease_id, model_id=model.id, owner=held.owner, expires_at=held.expires_at)
+            for model in services.residency.snapshot()
+            for held in model.held
+        ]
+    )
 
 
 @router.post("", openapi_extra=request_body(LeaseRequest))
@@ -29,7 +42,5 @@ async def end_lease(lease_id: str, request: Request) -> LeaseEnded:
     """End a lease before its time; 404 if there is none of this id, or none any more."""
     services: Services = request.app.state.services
     if not services.residency.drop(lease_id):
-        unknown = UnknownRoute(request.method, request.scope["path"])
-        unknown.param, unknown.code = "lease_id", "lease_not_found"
-        raise unknown
+        raise LeaseNotFound(lease_id)
     return LeaseEnded(lease_id=lease_id)

@@ -157,6 +157,21 @@ class Leased(Wire):
     expires_at: float
 
 
+class Lease(Wire):
+    """A lease that lasts."""
+
+    lease_id: str
+    model_id: str
+    owner: str
+    expires_at: float
+
+
+class Leases(Wire):
+    """The answer of GET /admin/leases."""
+
+    leases: list[Lease]
+
+
 class LeaseEnded(Wire):
     """The answer to the end of a lease."""
 
