@@ -29,7 +29,9 @@ class Repo:
     files: dict[str, bytes]
     large: set[str] = field(default_factory=set)
     commit: str = COMMIT
+    # Gated: listed for everybody, its files for those with the token. Private: nothing without it.
     gated: bool = False
+    private: bool = False
     # Path -> what is sent in place of the file.
     forged: dict[str, bytes] = field(default_factory=dict)
     # Path -> the connection breaks after so many bytes of each answer.
@@ -39,6 +41,8 @@ class Repo:
     # Answers that come before the first right one, with their headers.
     refusals: list[tuple[int, Mapping[str, str]]] = field(default_factory=list)
     ignores_range: bool = False
+    # Where the bytes of large files are served; the hub itself where empty.
+    storage: str = ""
 
 
 @dataclass
@@ -78,7 +82,8 @@ class HubServer:
         if repo.refusals:
             status, headers = repo.refusals.pop(0)
             return None, PlainTextResponse("", status, dict(headers))
-        if repo.gated and token != f"Bearer {self.token}":
+        closed = repo.private or (repo.gated and "path" in request.path_params)
+        if closed and token != f"Bearer {self.token}":
             return None, PlainTextResponse("", 401 if token is None else 403, {"x-error-code": "GatedRepo"})
         if request.path_params.get("revision", "main") not in ("main", repo.commit):
             return None, PlainTextResponse("", 404, {"x-error-code": "RevisionNotFound"})
@@ -98,7 +103,7 @@ class HubServer:
                     sha256 = hashlib.sha256(content).hexdigest()
                     sibling["lfs"] = {"size": len(content), "sha256": sha256, "pointerSize": 134}
             siblings.append(sibling)
-        return JSONResponse({"id": "x/y", "sha": repo.commit, "siblings": siblings, "private": False})
+        return JSONResponse({"id": "x/y", "sha": repo.commit, "siblings": siblings, "gated": repo.gated and "manual"})
 
     async def _resolve(self, request: Request) -> Response:
         repo, refusal = self._repo(request)
@@ -113,9 +118,11 @@ class HubServer:
                 "x-linked-etag": f'"{hashlib.sha256(content).hexdigest()}"',
                 "x-linked-size": str(len(content)),
             }
-        return RedirectResponse(f"/storage/{params['publisher']}/{params['name']}/{params['path']}", 302, headers)
+        place = f"{repo.storage}/storage/{params['publisher']}/{params['name']}/{params['path']}"
+        return RedirectResponse(place, 302, headers)
 
     async def _storage(self, request: Request) -> Response:
+        self.tokens.add(request.headers.get("authorization"))
         self.seen.append((request.method, request.url.path, request.headers.get("range")))
         params = request.path_params
         repo, path = self.repos[f"{params['publisher']}/{params['name']}"], params["path"]

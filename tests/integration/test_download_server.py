@@ -100,6 +100,21 @@ def test_a_killed_server_takes_its_download_along_and_the_next_one_resumes(
     assert (root / REPO / WEIGHTS).read_bytes() == CONTENT
 
 
+def test_a_stopping_server_ends_its_downloads(server: StartServer, hub: HubServer, root: Path) -> None:
+    """SIGTERM in the middle of a file, with somebody following: the server ends well, its child with it."""
+    hub.repos[REPO].pauses_after[WEIGHTS] = 100_000
+    running = start(server, hub, root)
+    with running.client() as client:
+        started = client.post("/admin/models/download", json={"repo_id": REPO}).json()
+        with client.stream("GET", f"/admin/models/download/{started['download_id']}/progress") as events:
+            next(events.iter_lines())
+            assert hub.paused.wait(10)
+            running.stop()
+    assert running.process.returncode == 0
+    assert "Traceback" not in running.log.read_text()
+    assert not (root / REPO).exists()
+
+
 def test_cancel_and_a_leaving_follower(server: StartServer, hub: HubServer, root: Path) -> None:
     """Who stops following does not stop the download; DELETE does, and the one who still follows is told."""
     hub.repos[REPO].pauses_after[WEIGHTS] = 100_000

@@ -358,9 +358,10 @@ async def test_a_full_disk_is_refused_before_the_first_byte(place: Place) -> Non
         place.hub.resume.set()
 
 
-async def test_gated_without_and_with_a_token(place: Place) -> None:
-    """What to do is said; the token comes from the variable, goes to the hub, and into no message."""
-    place.hub.repos[REPO].gated = True
+@pytest.mark.parametrize("door", ["gated", "private"])
+async def test_gated_without_and_with_a_token(place: Place, door: str) -> None:
+    """What to do is said before the first byte; the token comes from its variable, and goes into no message."""
+    setattr(place.hub.repos[REPO], door, True)
     refusal = await place.refusal()
     assert isinstance(refusal, InvalidRequest)
     assert (refusal.param, refusal.code) == ("repo_id", "hub_access_denied")
@@ -373,6 +374,17 @@ async def test_gated_without_and_with_a_token(place: Place) -> None:
     place.environ["HF_TOKEN"] = place.hub.token
     assert (await place.pull()).state is DownloadState.COMPLETED
     assert place.hub.tokens == {None, "Bearer hf_wrong", f"Bearer {place.hub.token}"}
+
+
+async def test_the_token_goes_to_the_hub_alone(place: Place) -> None:
+    """Where a hub sends us on to another host for the bytes, that host learns nothing."""
+    place.environ["HF_TOKEN"] = place.hub.token
+    with running_hub() as storage:
+        storage.repos = place.hub.repos
+        place.hub.repos[REPO].storage = storage.url
+        assert (await place.pull()).state is DownloadState.COMPLETED
+        assert (len(storage.seen), storage.tokens) == (4, {None})
+    assert place.hub.tokens == {f"Bearer {place.hub.token}"}
 
 
 async def test_what_the_hub_does_not_have(place: Place) -> None:

@@ -16,7 +16,7 @@ from opta_lmx.types import EchoOptions, JsonObject
 from tests.integration.chatting import CHAT, chat, connect, stream, until, until_all_returned, words
 from tests.integration.conftest import Models, RunningServer, StartServer
 
-# An echo model answers with its prompt: PROMPT is a word of both, ANSWER one that only tokens can make.
+# An echo model answers with its prompt, so PROMPT is a word of prompts and of answers.
 PROMPT, SYSTEM, ARGUMENT, HEADER = "canaryprompt", "canarysystem", "canaryargument", "canaryheader"
 API_KEY, ADMIN_KEY, WRONG_KEY = "sk-canary-api", "canary-admin", "sk-canary-wrong"
 CANARIES = (PROMPT, SYSTEM, ARGUMENT, HEADER, API_KEY, ADMIN_KEY, WRONG_KEY)

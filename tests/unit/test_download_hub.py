@@ -88,6 +88,12 @@ def test_a_path_out_of_the_directory_is_refused(path: str) -> None:
         chosen(path, "model.safetensors", patterns=("*",))
 
 
+def test_a_list_without_end_is_refused() -> None:
+    """A hub cannot make the server keep books of any number of files."""
+    with pytest.raises(DownloadError, match="2,000 are the most"):
+        chosen(*(f"model-{number}.safetensors" for number in range(2001)))
+
+
 @pytest.mark.parametrize(
     "file", [HubFile("model.safetensors", -1, None, SHA1), HubFile("model.safetensors", 1, None, None)]
 )

@@ -1,7 +1,7 @@
 """Timeline and books: what is written of one request, alone and as the engine tells it."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -20,10 +20,12 @@ from opta_lmx.errors import (
     ModelNotFound,
     QueueFull,
 )
-from opta_lmx.inference.protocol import Started
+from opta_lmx.inference.embedding import EmbedRequest
+from opta_lmx.inference.protocol import Embed, Embedded, Rank, Started
+from opta_lmx.inference.worker_reply import WorkerReply
 from opta_lmx.monitoring.timing import Histogram, Outcome, RequestBook, Timeline
-from opta_lmx.types import CacheReport, Delta, FinishReason
-from tests.engine_house import House, house, request
+from opta_lmx.types import CacheReport, Delta, FinishReason, TextPrompt
+from tests.engine_house import House, ScriptedWorker, house, request
 from tests.fake_workers import Clock, settle
 
 
@@ -203,6 +205,38 @@ async def test_a_reader_who_has_enough_is_no_leaver() -> None:
                 it.stream.push(Delta(0, "", 0, FinishReason.CANCELLED))
             [line] = canonical(entries)
             assert line["outcome"] == outcome
+
+
+class Encoder(ScriptedWorker):
+    """A worker that owes one reply."""
+
+    reply: WorkerReply
+
+    def ask(self, frame: Callable[[int], Embed | Rank], on_end: Callable[[], None]) -> WorkerReply:
+        self.reply = WorkerReply(lambda: None, on_end)
+        return self.reply
+
+
+async def test_an_embedding_has_its_line_too() -> None:
+    """It reads tokens and makes none; a caller who leaves is a leaver here too."""
+    async with house() as it:
+        it.rooms.model_type = "bert"
+        it.rooms.worker = worker = Encoder()
+        wanted = EmbedRequest("req", "a", (TextPrompt("x"),))
+        with capture_logs() as entries:
+            caller = it.start(it.engine.embed(wanted))
+            await settle()
+            worker.reply.finish(Embedded(1, b"", 1, 9))
+            assert (await caller).prompt_tokens == 9
+            caller = it.start(it.engine.embed(wanted))
+            await settle()
+            caller.cancel()
+            await settle()
+            worker.reply.fail(GenerationFailed("cancelled"))
+        answered, left = canonical(entries)
+        assert (answered["outcome"], answered["prompt_tokens"], answered["completion_tokens"]) == ("stop", 9, 0)
+        assert (answered["choices"], answered["ttft_s"], answered["tok_s"]) == (0, None, None)
+        assert (left["outcome"], left["error"]) == ("cancelled", None)
 
 
 async def test_every_request_has_exactly_one_line() -> None:

@@ -235,7 +235,7 @@ class InferenceEngine:
         self._open -= 1
         if self._open == 0:
             self._idle.set()
-        _log.info("request_finished", **held.timeline.end(held.outcome()))
+        _log.info("request_finished", **held.finish())
 
     async def _enter(
         self,
@@ -327,15 +327,15 @@ class _Held:
         else:
             self.asked.then(act)
 
-    def outcome(self) -> Outcome:
-        """How it ended, by the worker's word; what that counted goes into the timeline."""
+    def finish(self) -> dict[str, object]:
+        """End the timeline by the worker's word; gives the canonical log line."""
         stream, timeline = self.asked, self.timeline
         if not isinstance(stream, WorkerStream):
-            return Outcome.STOP
+            return timeline.end(Outcome.STOP)
         timeline.prompt_tokens, timeline.cached_tokens = stream.prompt_tokens, stream.cache.hit_tokens
         timeline.completion_tokens = stream.completion_tokens
         if stream.error is not None:
             timeline.failed(stream.error)
         if FinishReason.CANCELLED in stream.finishes and not timeline.stopped:
-            return Outcome.CANCELLED
-        return Outcome.LENGTH if FinishReason.LENGTH in stream.finishes else Outcome.STOP
+            return timeline.end(Outcome.CANCELLED)
+        return timeline.end(Outcome.LENGTH if FinishReason.LENGTH in stream.finishes else Outcome.STOP)

@@ -221,7 +221,7 @@ class DownloadManager:
         config = self._config
         environ = dict(self._machine.environ) | {"HF_HUB_DISABLE_TELEMETRY": "1"}
         # The token reaches the child by its input: what is in no environment is in no crash report of one.
-        token = environ.pop(config.token_env, None) if config.token_env else None
+        token = environ.pop(config.token_env, "").strip() if config.token_env else ""
         order = Order(
             endpoint=(config.endpoint or DEFAULT_ENDPOINT).rstrip("/"),
             token=token or None,

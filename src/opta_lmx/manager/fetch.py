@@ -13,31 +13,18 @@ import hashlib
 import os
 import select
 import shutil
-import sys
 import threading
-import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-import httpx2  # the client that huggingface_hub brings and hands out
 import msgspec
 from huggingface_hub import HfApi, ModelInfo, get_session, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-from opta_lmx.errors import (
-    Conflict,
-    DiskFull,
-    DownloadError,
-    HubUnreachable,
-    IntegrityMismatch,
-    InvalidRequest,
-    LmxError,
-    ModelNotFound,
-)
+from opta_lmx.errors import Conflict, DiskFull, DownloadError, HubUnreachable, IntegrityMismatch, LmxError
 from opta_lmx.manager.hub import (
     INCOMPLETE_SUFFIX,
     Failed,
@@ -49,6 +36,7 @@ from opta_lmx.manager.hub import (
     Report,
     choose_files,
 )
+from opta_lmx.manager.hub_errors import Retries, Trouble, judge, mapped
 from opta_lmx.manager.integrity import ModelsLock
 
 _PARTS: Final = ".parts"
@@ -58,80 +46,12 @@ _CHUNK_BYTES: Final = 1024 * 1024
 _TICK_SECONDS: Final = 0.2
 
 
-class _Trouble(Exception):
-    """A failure that may pass; ``after_seconds`` is when the hub wants to be asked again."""
-
-    def __init__(self, reason: str, after_seconds: float | None = None) -> None:
-        super().__init__(reason)
-        self.after_seconds = after_seconds
-
-
-class _Retries:
-    """Counts the failures in a row of one piece of work."""
-
-    def __init__(self, order: Order) -> None:
-        self._order = order
-        self._failures = 0
-
-    def progressed(self) -> None:
-        """The work goes on: earlier failures are forgiven."""
-        self._failures = 0
-
-    def pause(self, trouble: _Trouble) -> None:
-        """Waits before the next attempt. Raises HubUnreachable if there is to be none."""
-        patience = self._order.patience
-        self._failures += 1
-        seconds = min(patience.first_pause_seconds * 2 ** (self._failures - 1), patience.longest_pause_seconds)
-        seconds = seconds if trouble.after_seconds is None else trouble.after_seconds
-        if self._failures >= patience.attempts or seconds > patience.longest_pause_seconds:
-            raise HubUnreachable(f"{self._order.endpoint} cannot be reached or does not go on: {trouble}.")
-        time.sleep(seconds)
-
-
-def _judge(response: httpx2.Response, order: Order) -> Exception:
-    """What an answer that is no success means."""
-    status, word = response.status_code, response.headers.get("x-error-code")
-    if status in (401, 403):
-        name = order.token_name
-        cure = f"the token in {name} gives no access" if order.token else f"no token is given in {name}"
-        cure = cure if name else "downloads.token_env names no variable with a token"
-        return InvalidRequest(
-            f"The hub refuses access to {order.repo_id!r}: it is gated or private, or there is no such repository; "
-            f"{cure}. Accept the model's terms on its page and use a token of that account.",
-            param="repo_id",
-            code="hub_access_denied",
-        )
-    if status == 404 and word == "RevisionNotFound":
-        message = f"{order.repo_id!r} has no revision {order.revision!r}."
-        return InvalidRequest(message, param="revision", code="revision_not_found")
-    if status == 404:
-        return ModelNotFound(order.repo_id)
-    if status == 429 or status >= 500:
-        after = response.headers.get("retry-after", "")
-        return _Trouble(f"it answers {status}", float(after) if after.isdecimal() else None)
-    return DownloadError(f"The hub answers {status}, which means nothing here.")
-
-
-@contextmanager
-def _mapped(order: Order) -> Iterator[None]:
-    """Turns the hub library's and its client's exceptions into our own."""
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise _judge(error.response, order) from None
-    except httpx2.TimeoutException:
-        raise _Trouble(f"no answer within {order.patience.silence_seconds:g} seconds") from None
-    except httpx2.ConnectError:
-        raise _Trouble("no connection") from None
-    except httpx2.HTTPError as error:
-        raise _Trouble(f"the connection broke ({type(error).__name__})") from None
-
-
 class Fetch:
     """One repository's download. Its threads each own a file; the main thread alone speaks to the parent."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: Order, say: Callable[[Report], None]) -> None:
         self._order = order
+        self._say = say
         self._root = Path(order.root)
         self._target = self._root / order.repo_id
         self._home = self._target.with_name(self._target.name + INCOMPLETE_SUFFIX)
@@ -152,20 +72,33 @@ class Fetch:
         self._commit = info.sha
         listed = [_hub_file(sibling) for sibling in info.siblings or ()]
         files = choose_files(order.repo_id, listed, order.patterns)
+        if info.gated:
+            self._knock(files[0])
         return Plan(info.sha, files, {file.path: size for file in files if (size := self._present(file))})
 
     def _ask(self) -> ModelInfo:
-        order, retries = self._order, _Retries(self._order)
+        order, retries = self._order, Retries(self._order)
         api = HfApi(endpoint=order.endpoint, token=order.token or False)
         seconds = order.patience.silence_seconds
         while True:
             try:
-                with _mapped(order):
+                with mapped(order):
                     return api.model_info(order.repo_id, revision=order.revision, timeout=seconds, files_metadata=True)
-            except _Trouble as trouble:
+            except Trouble as trouble:
                 retries.pause(trouble)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise HubUnreachable(f"What answers at {order.endpoint} is no model hub.") from error
+
+    def _knock(self, file: HubFile) -> None:
+        """A gated repository is listed for everybody. Raises InvalidRequest if its files are not for us."""
+        seconds = self._order.patience.silence_seconds
+        # Trouble of any other kind is met again, and waited for, with the file itself.
+        with suppress(Trouble), mapped(self._order):
+            response = get_session().head(
+                self._url(file), headers=self._headers, timeout=seconds, follow_redirects=False
+            )
+            if response.status_code in (401, 403):
+                raise judge(response, self._order)
 
     def run(self, files: tuple[HubFile, ...]) -> None:
         """Downloads each file when the parent lets it; returns once all are whole, on disk and recorded.
@@ -182,11 +115,22 @@ class Fetch:
                 for file in files[begun : self._allowed]:
                     threading.Thread(target=self._work, args=(file,), daemon=True).start()
                     begun += 1
-                _say(Progress(dict(self._bytes), tuple(self._verified)))
+                self._say(Progress(dict(self._bytes), tuple(self._verified)))
                 if self._failure is not None:
                     raise self._failure
             self._discard_others({file.path for file in files})
-            ModelsLock(self._root).record(self._order.repo_id, self._home, self._order.repo_id, self._commit)
+            self._record(files)
+
+    def _record(self, files: tuple[HubFile, ...]) -> None:
+        """Writes the files' record. Raises IntegrityMismatch if the disk gives other bytes than it was given."""
+        repo_id, lock = self._order.repo_id, ModelsLock(self._root)
+        lock.record(repo_id, self._home, repo_id, self._commit)
+        record = lock.find(repo_id)
+        for file in files:
+            found = record.files[file.path].sha256 if record is not None else "no record"
+            if file.sha256 is not None and found != file.sha256:
+                (self._home / file.path).unlink()
+                raise IntegrityMismatch(file.path, file.sha256, found)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -257,22 +201,22 @@ class Fetch:
 
     def _fill(self, file: HubFile, part: Path, output: Any) -> str:
         """Reads on from where the part ends until the file has its size; gives the hash of all its bytes."""
-        retries = _Retries(self._order)
+        retries = Retries(self._order)
         if output.tell() > file.size:
             output.truncate(0)
         digest = self._continue(file, part)
         furthest = part.stat().st_size
         while (at := part.stat().st_size) < file.size:
             try:
-                with _mapped(self._order), self._open(file, at) as response:
+                with mapped(self._order), self._open(file, at) as response:
                     if response.status_code in (200, 416) and at:
                         # It sends the whole file, or has fewer bytes than are here: begin again.
                         output.truncate(0)
                         digest, at = _new_digest(file), 0
                     if response.status_code == 416:
-                        raise _Trouble("it refuses to go on with the file")
+                        raise Trouble("it refuses to go on with the file")
                     if response.status_code not in (200, 206):
-                        raise _judge(response, self._order)
+                        raise judge(response, self._order)
                     for chunk in response.iter_raw():
                         at += len(chunk)
                         if at > file.size:
@@ -286,15 +230,19 @@ class Fetch:
                             furthest = at
                             retries.progressed()
                 if at < file.size:
-                    raise _Trouble("the connection ended early")
-            except _Trouble as trouble:
+                    raise Trouble("the connection ended early")
+            except Trouble as trouble:
                 retries.pause(trouble)
         return str(digest.hexdigest())
 
     def _open(self, file: HubFile, at: int) -> Any:
-        url = hf_hub_url(self._order.repo_id, file.path, revision=self._commit, endpoint=self._order.endpoint)
         headers = self._headers | ({"range": f"bytes={at}-"} if at else {})
-        return get_session().stream("GET", url, headers=headers, timeout=self._order.patience.silence_seconds)
+        return get_session().stream(
+            "GET", self._url(file), headers=headers, timeout=self._order.patience.silence_seconds
+        )
+
+    def _url(self, file: HubFile) -> str:
+        return hf_hub_url(self._order.repo_id, file.path, revision=self._commit, endpoint=self._order.endpoint)
 
     def _continue(self, file: HubFile, path: Path) -> Any:
         """The hash of the file so far."""
@@ -337,11 +285,6 @@ def _disk_error(error: OSError, need_bytes: int, root: Path) -> LmxError:
     return DownloadError(f"The files cannot be written ({error.strerror}).")
 
 
-def _say(report: Report) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
-    sys.stdout.buffer.flush()
-
-
 def _crash(failed: threading.ExceptHookArgs) -> None:
     """A bug in a thread ends the process; the parent tells of it."""
     traceback.print_exception(failed.exc_value)
@@ -351,23 +294,31 @@ def _crash(failed: threading.ExceptHookArgs) -> None:
 def main() -> None:
     """Follows the order on standard input; every outcome is a line on standard output."""
     threading.excepthook = _crash
+    # Whatever a library prints must not come between the reports.
+    reports = os.dup(1)
+    os.dup2(2, 1)
+
+    def say(report: Report) -> None:
+        line = msgspec.json.encode(report) + b"\n"
+        while line:
+            line = line[os.write(reports, line) :]
+
     # Unbuffered, byte by byte: what follows the order belongs to the listener.
     line = bytearray()
     while (byte := os.read(0, 1)) not in (b"\n", b""):
         line += byte
     order = msgspec.json.decode(bytes(line), type=Order)
-    fetch = Fetch(order)
+    fetch = Fetch(order, say)
     try:
         plan = fetch.plan()
-        _say(plan)
+        say(plan)
         fetch.run(plan.files)
-        _say(Recorded())
+        say(Recorded())
     except LmxError as error:
-        _say(Failed.of(error))
+        say(Failed.of(error))
     except OSError as error:
-        _say(Failed.of(_disk_error(error, 0, Path(order.root))))
+        say(Failed.of(_disk_error(error, 0, Path(order.root))))
     # Threads that still download must not hold the process.
-    sys.stdout.flush()
     os._exit(0)
 
 

@@ -38,6 +38,8 @@ _REPO_ID: Final = re.compile(
 _REVISION: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./+-]{0,254}", re.ASCII)
 
 _MAX_PATH_CHARACTERS: Final = 512
+# The largest published models have a few hundred files.
+_MAX_FILES: Final = 2000
 
 
 class Patience(msgspec.Struct, frozen=True):
@@ -160,6 +162,8 @@ def choose_files(repo_id: str, files: Sequence[HubFile], patterns: Sequence[str]
     ggufs = [file.path for file in chosen if file.path.endswith(".gguf")]
     if not any(map(_is_weights, chosen)) and len(ggufs) != 1:
         raise _no_weights(repo_id, ggufs or [file.path for file in data if file.path.endswith(".gguf")])
+    if len(chosen) > _MAX_FILES:
+        raise DownloadError(f"The hub lists {len(chosen):,} files for {repo_id!r}; {_MAX_FILES:,} are the most.")
     for file in chosen:
         _check(file)
     return tuple(sorted(chosen, key=lambda file: file.path))
@@ -194,6 +198,6 @@ def _invalid(param: str, reason: str) -> InvalidRequest:
 def _no_weights(repo_id: str, ggufs: Sequence[str]) -> InvalidRequest:
     message = f"Nothing of {repo_id!r} was chosen that holds weights: safetensors, or exactly one GGUF file"
     if ggufs:
-        shown = ", ".join(ggufs[:20])
+        shown = ", ".join(path[:_MAX_PATH_CHARACTERS] for path in ggufs[:20])
         return InvalidRequest(f"{message}. Name one in 'allow_patterns': {shown}.", param="allow_patterns")
     return InvalidRequest(f"{message}.", param="repo_id")

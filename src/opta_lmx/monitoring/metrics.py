@@ -194,8 +194,9 @@ def _histogram_samples(family: Metric) -> list[JsonObject]:
     for sample in family.samples:
         model = sample.labels["model"]
         entry = found.setdefault(model, {"labels": {"model": model}, "count": 0, "sum": 0.0, "buckets": {}})
-        if sample.name.endswith("_bucket"):
+        part = sample.name.rpartition("_")[2]
+        if part == "bucket":
             entry["buckets"][sample.labels["le"]] = int(sample.value)
         else:
-            entry[sample.name.rpartition("_")[2]] = sample.value
+            entry[part] = int(sample.value) if part == "count" else sample.value
     return list(found.values())
