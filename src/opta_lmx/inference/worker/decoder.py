@@ -42,6 +42,7 @@ class BatchDecoder:
         self._books = books
         self._prefixes = prefixes
         self._reloaded = options.reloaded
+        self._to_keep: list[Prefill] = []
 
     def __len__(self) -> int:
         return len(self.batch) + len(self.prefills)
@@ -114,13 +115,19 @@ class BatchDecoder:
         """One chunk of prefill, then one decode step; the sequences that made a token."""
         for prefill in self.prefills.step(decoding=len(self.batch) > 0):
             if self._prefixes is not None and not self._prefixes.exact_positions_only:
-                self._keep_prompt(prefill)
+                self._to_keep.append(prefill)
             for sequence in prefill.sequences:
                 self.batch.join(sequence, prefill.cache, prefill.tokens[-1])
         self.batch.launch()
         stepped = self.batch.step()
         self.batch.launch()
         return stepped
+
+    def keep_prompts(self) -> None:
+        """Keep the prompts that became complete in the last step, whose first tokens are on their way by now."""
+        to_keep, self._to_keep = self._to_keep, []
+        for prefill in to_keep:
+            self._keep_prompt(prefill)
 
     def _keep_prompt(self, prefill: Prefill) -> None:
         if self._prefixes is not None and prefill.done:

@@ -18,8 +18,8 @@ _QUIET_FACTOR = 4.0
 # Beside decoding, the step that completes a prompt also keeps its prefix and merges its cache with the others': the
 # chunk leaves an eighth of its time to that.
 _BESIDE_DECODING = 7 / 8
-# Shortest first would starve a long prompt under a stream of short ones: every so many chunks the oldest goes.
-_OLDEST_EVERY = 4
+# Shortest first would starve a long prompt under a stream of short ones: so many chunks in a row may pass the oldest.
+_MOST_PASSED_OVER = 3
 # Prompts share a forward if the longest has at most this many times the tokens of the shortest: padding costs too.
 _GROUP_SPREAD = 2
 # Weight of the newest measurement in the running estimate of prefill speed.
@@ -55,7 +55,6 @@ class ChunkPolicy:
         self._largest = largest_tokens
         self._bound = stall_bound_seconds
         self._seconds_per_token: float | None = None
-        self._turn = 0
 
     def tokens(self, *, decoding: bool) -> int:
         """Tokens to prefill before the next decode step, across prompts."""
@@ -72,11 +71,6 @@ class ChunkPolicy:
         measured = seconds / tokens
         old = self._seconds_per_token
         self._seconds_per_token = measured if old is None else old + _SMOOTHING * (measured - old)
-
-    def oldest_first(self) -> bool:
-        """True if this chunk is the oldest prompt's, whatever the others have left."""
-        self._turn += 1
-        return self._turn % _OLDEST_EVERY == 0
 
 
 class PrefillQueue:
@@ -101,6 +95,7 @@ class PrefillQueue:
         self._on_boundary = on_boundary
         self._clock = clock
         self._in_groups = in_groups
+        self._passed_over = 0
         self._waiting: list[Prefill] = []
 
     def __len__(self) -> int:
@@ -137,13 +132,15 @@ class PrefillQueue:
     def step(self, *, decoding: bool) -> list[Prefill]:
         """Process at most one chunk's worth of tokens; the prompts that are now complete, in order.
 
-        1 On the oldest's turn it goes first. 2 Prompts that fit into the chunk whole are completed, shortest first.
-        3 Only if none was is the chunk given to one that does not fit: whoever is complete should start at once.
+        1 The oldest goes first once it has been passed over often enough. 2 Prompts that fit into the chunk whole are
+        completed, shortest first. 3 Only if none was is the chunk given to one that does not fit: whoever is complete
+        should start at once.
         """
         budget = self._policy.tokens(decoding=decoding)
         complete: list[Prefill] = []
-        if self._waiting and self._policy.oldest_first():
-            oldest = self._waiting[0]
+        oldest = self._waiting[0] if self._waiting else None
+        had = oldest.done if oldest is not None else 0
+        if oldest is not None and self._passed_over >= _MOST_PASSED_OVER:
             budget -= self._advance(oldest, budget)
             complete += self._leave([oldest])
         if short := self._fitting(budget):
@@ -153,6 +150,8 @@ class PrefillQueue:
             prefill = min(self._waiting, key=lambda waiting: waiting.remaining)
             budget -= self._advance(prefill, budget)
             complete += self._leave([prefill])
+        passed_over = oldest is not None and oldest.done == had and oldest not in complete
+        self._passed_over = self._passed_over + 1 if passed_over else 0
         return complete
 
     def _leave(self, prefills: list[Prefill]) -> list[Prefill]:
