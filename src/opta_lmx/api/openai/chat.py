@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -10,6 +10,7 @@ from starlette.responses import Response
 from opta_lmx.api.disconnect import generating
 from opta_lmx.api.openai.answer import AnswerHead, ChatAnswer, ChatChunks
 from opta_lmx.api.openai.messages import to_template_messages
+from opta_lmx.api.openai.sampling import filled_from, to_sampling
 from opta_lmx.api.openai.structured import to_structured
 from opta_lmx.api.openai.tools import ToolUse, to_tool_use
 from opta_lmx.api.openai.wire import ChatCompletion, ChatRequest
@@ -23,20 +24,6 @@ from opta_lmx.errors import InvalidRequest, UnsupportedParameter
 from opta_lmx.types import ChatPrompt, GenerateRequest, JsonObject, SamplingParams
 
 router = APIRouter()
-
-# Wire fields that are sampling parameters under the same name and meaning.
-_SAME: Final = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "seed",
-    "n",
-    "frequency_penalty",
-    "presence_penalty",
-    "min_tokens",
-    "ignore_eos",
-    "thinking_budget",
-)
 
 # Not variables of a template but arguments of the function that renders one: a client must not choose the template
 # itself (it is code), nor what is done with its text.
@@ -108,7 +95,7 @@ def to_generate_request(
     _refuse_unsupported(chat)
     messages, variables = to_template_messages(chat.messages), _template_kwargs(chat)
     if preset is not None:
-        chat = _filled(chat, preset)
+        chat = filled_from(preset, chat)
         variables = {**preset.template_kwargs, **variables}
         if preset.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": preset.system_prompt}, *messages]
@@ -120,19 +107,6 @@ def to_generate_request(
         structured=use.grammar() or to_structured(chat, or_call=bool(use.tools)),
         context_length=preset.context_length if preset is not None else None,
     )
-
-
-def _filled(chat: ChatRequest, preset: Preset) -> ChatRequest:
-    """The request with the preset's sampling where it brings none of its own."""
-    given = preset.sampling.model_dump(exclude_none=True)
-    own = {name for name in given if getattr(chat, name) is not None}
-    if chat.max_completion_tokens is not None:
-        own.add("max_tokens")
-    if chat.repeat_penalty is not None:
-        own.add("repetition_penalty")
-    if "stop" in given:
-        given["stop"] = list(given["stop"])
-    return chat.model_copy(update={name: value for name, value in given.items() if name not in own})
 
 
 def _refuse_unsupported(chat: ChatRequest) -> None:
@@ -147,42 +121,8 @@ def _refuse_unsupported(chat: ChatRequest) -> None:
 
 
 def _sampling(chat: ChatRequest) -> SamplingParams:
-    given: dict[str, Any] = {name: value for name in _SAME if (value := getattr(chat, name)) is not None}
     max_tokens = chat.max_completion_tokens if chat.max_completion_tokens is not None else chat.max_tokens
-    if max_tokens is not None:
-        given["max_tokens"] = max_tokens
-    if max_tokens is not None and (chat.min_tokens or 0) > max_tokens:
-        raise InvalidRequest(
-            f"Invalid 'min_tokens': expected at most the {max_tokens} tokens of 'max_tokens'.",
-            param="min_tokens",
-            code="invalid_value",
-        )
-    if chat.top_k is not None:
-        # Both 0 and -1 are in use for "all tokens".
-        given["top_k"] = max(chat.top_k, 0)
-    penalty = chat.repetition_penalty if chat.repetition_penalty is not None else chat.repeat_penalty
-    if penalty is not None:
-        given["repetition_penalty"] = penalty
-    if chat.stop is not None:
-        given["stop"] = (chat.stop,) if isinstance(chat.stop, str) else tuple(chat.stop)
-    return SamplingParams(
-        **given,
-        stop_token_ids=tuple(chat.stop_token_ids or ()),
-        logit_bias=_logit_bias(chat.logit_bias or {}),
-        logprobs=_logprobs(chat),
-    )
-
-
-def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
-    for token in bias:
-        # The bound keeps int() linear; no vocabulary comes near it.
-        if not (token.isascii() and token.isdigit() and len(token) <= 9):
-            raise InvalidRequest(
-                "Invalid key in 'logit_bias': expected token ids, written as strings of digits.",
-                param="logit_bias",
-                code="invalid_value",
-            )
-    return {int(token): value for token, value in bias.items()}
+    return to_sampling(chat, max_tokens=max_tokens, logprobs=_logprobs(chat), thinking_budget=chat.thinking_budget)
 
 
 def _logprobs(chat: ChatRequest) -> int | None:

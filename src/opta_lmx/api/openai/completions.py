@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from opta_lmx.api.disconnect import generating
 from opta_lmx.api.openai.completion_answer import TextAnswer, TextChunks, TextHead
 from opta_lmx.api.openai.joint import Join, joining
+from opta_lmx.api.openai.sampling import filled_from, to_sampling
 from opta_lmx.api.openai.wire_text import Completion, CompletionRequest, read_inputs
 from opta_lmx.api.openapi import request_body
 from opta_lmx.api.parsing import read_object
@@ -28,20 +29,6 @@ router = APIRouter()
 # OpenAI's, of a time when a completion was a line.
 _DEFAULT_MAX_TOKENS: Final = 16
 _NO_LIMIT: Final = -1
-
-# Wire fields that are sampling parameters under the same name and meaning.
-_SAME: Final = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "seed",
-    "n",
-    "frequency_penalty",
-    "presence_penalty",
-    "min_tokens",
-    "ignore_eos",
-    "logprobs",
-)
 
 
 @router.post(
@@ -114,7 +101,7 @@ def to_generate_requests(
     if completion.prompt is not None:
         prompts = read_inputs(completion.prompt, "prompt")
     if preset is not None:
-        completion = _filled(completion, preset)
+        completion = filled_from(preset, completion)
     _refuse_unsupported(completion, prompts)
     sampling = _sampling(completion)
     return [
@@ -127,17 +114,6 @@ def to_generate_requests(
         )
         for place, prompt in enumerate(prompts)
     ]
-
-
-def _filled(completion: CompletionRequest, preset: Preset) -> CompletionRequest:
-    """The request with the preset's sampling where it brings none of its own."""
-    given = preset.sampling.model_dump(exclude_none=True)
-    own = {name for name in given if getattr(completion, name) is not None}
-    if completion.repeat_penalty is not None:
-        own.add("repetition_penalty")
-    if "stop" in given:
-        given["stop"] = list(given["stop"])
-    return completion.model_copy(update={name: value for name, value in given.items() if name not in own})
 
 
 def _refuse_unsupported(completion: CompletionRequest, prompts: Sequence[Prompt]) -> None:
@@ -164,40 +140,9 @@ def _refuse_unsupported(completion: CompletionRequest, prompts: Sequence[Prompt]
 
 
 def _sampling(completion: CompletionRequest) -> SamplingParams:
-    given: dict[str, Any] = {name: value for name in _SAME if (value := getattr(completion, name)) is not None}
     max_tokens = _DEFAULT_MAX_TOKENS if completion.max_tokens is None else completion.max_tokens
-    if max_tokens != _NO_LIMIT and (completion.min_tokens or 0) > max_tokens:
-        raise InvalidRequest(
-            f"Invalid 'min_tokens': expected at most the {max_tokens} tokens of 'max_tokens'.",
-            param="min_tokens",
-            code="invalid_value",
-        )
-    if completion.top_k is not None:
-        # Both 0 and -1 are in use for "all tokens".
-        given["top_k"] = max(completion.top_k, 0)
-    penalty = completion.repetition_penalty if completion.repetition_penalty is not None else completion.repeat_penalty
-    if penalty is not None:
-        given["repetition_penalty"] = penalty
-    if completion.stop is not None:
-        given["stop"] = (completion.stop,) if isinstance(completion.stop, str) else tuple(completion.stop)
-    return SamplingParams(
-        **given,
-        max_tokens=None if max_tokens == _NO_LIMIT else max_tokens,
-        stop_token_ids=tuple(completion.stop_token_ids or ()),
-        logit_bias=_logit_bias(completion.logit_bias or {}),
-    )
-
-
-def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
-    for token in bias:
-        # The bound keeps int() linear; no vocabulary comes near it.
-        if not (token.isascii() and token.isdigit() and len(token) <= 9):
-            raise InvalidRequest(
-                "Invalid key in 'logit_bias': expected token ids, written as strings of digits.",
-                param="logit_bias",
-                code="invalid_value",
-            )
-    return {int(token): value for token, value in bias.items()}
+    bound = None if max_tokens == _NO_LIMIT else max_tokens
+    return to_sampling(completion, max_tokens=bound, logprobs=completion.logprobs)
 
 
 def _echo(completion: CompletionRequest, prompt: Prompt) -> str:
