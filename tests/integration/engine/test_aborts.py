@@ -2,12 +2,13 @@
 
 import gc
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import pytest
 
 from opta_lmx.inference.worker.kv_books import KvBooks
+from opta_lmx.inference.worker.prefix_tree import PrefixTree
 from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch, Logits
 from opta_lmx.types import FinishReason, LoadOptions
 from tests.integration.engine.driver import FAMILIES, Engine, TinyModel, alone
@@ -218,3 +219,29 @@ def test_an_mlx_failure_gives_back_what_was_granted(tiny: Tiny) -> None:
     engine.run().assert_empty()
     assert set(engine.failed) == {0}
     assert not books.allows(4 * base)
+
+
+class _FullMemory(PrefixTree):
+    """A prefix cache that finds no memory for the first prompt it should keep."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 28)
+        self.refusals = 1
+
+    def store(self, tokens: list[int], caches: list[Any]) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise RuntimeError("[metal::malloc] out of memory")
+        super().store(tokens, caches)
+
+
+def test_no_memory_to_keep_a_prompt_fails_what_runs_and_no_more(tiny: Tiny) -> None:
+    """Keeping a prompt is MLX work like a forward: its failure ends the running requests, the next one is served."""
+    model = tiny("llama")
+    engine = Engine(model, prefixes=_FullMemory())
+    engine.ask(0, model.prompt(30), max_tokens=8, ignore_eos=True)
+    engine.run().assert_empty()
+    assert "out of memory" in engine.failed[0]
+    engine.ask(1, model.prompt(30), max_tokens=8, ignore_eos=True)
+    engine.run().assert_empty()
+    assert engine.said(1) == alone(model, model.prompt(30), max_tokens=8, ignore_eos=True)

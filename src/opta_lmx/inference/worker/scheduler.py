@@ -100,11 +100,13 @@ class LmxScheduler(Scheduler):  # type: ignore[misc]
         """
         self._process_pending_aborts()
         deltas, self._cancelled = self._cancelled, []
-        self.batch_generator.keep_prompts()
-        self._paused += self.batch_generator.make_room()
-        self._resume_paused()
-        started, refused = self._schedule_waiting()
+        started: list[Started] = []
+        refused: list[Refused] = []
         try:
+            self.batch_generator.keep_prompts()
+            self._paused += self.batch_generator.make_room()
+            self._resume_paused()
+            started, refused = self._schedule_waiting()
             stepped = self.batch_generator.next()
         except RuntimeError as error:
             stepped, failed = [], self._fail_running(str(error))
