@@ -6,7 +6,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-from opta_lmx.config import Config, ModelsConfig, Preset, SchedulingConfig
+from opta_lmx.config import Config, SchedulingConfig
+from opta_lmx.config_models import ModelsConfig, Preset
 from opta_lmx.errors import LmxError, WorkerLost
 from opta_lmx.inference.engine import Generation, InferenceEngine
 from opta_lmx.inference.worker_client import WorkerClient

@@ -12,7 +12,8 @@ from typing import Any
 
 from anyio.lowlevel import checkpoint
 
-from opta_lmx.config import MemoryConfig, ModelsConfig
+from opta_lmx.config import MemoryConfig
+from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import LmxError
 from opta_lmx.manager.memory import WORKER_OVERHEAD_BYTES, MemoryMonitor
 from opta_lmx.manager.residency import Lease, Residency, ResidentModel

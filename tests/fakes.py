@@ -12,7 +12,8 @@ from typing import Any, cast
 import anyio
 
 from opta_lmx.api.services import Services
-from opta_lmx.config import Config, MemoryConfig, Preset
+from opta_lmx.config import Config, MemoryConfig
+from opta_lmx.config_models import Preset
 from opta_lmx.errors import LmxError
 from opta_lmx.inference.engine import InferenceEngine
 from opta_lmx.manager.download import DownloadManager

@@ -4,23 +4,18 @@ Later wins: defaults, the YAML file, ``OPTA_LMX__SECTION__KEY``, flags. All is v
 reload builds a new Config. Each room is given its own section. Sizes are bytes, times seconds.
 """
 
-import re
 from collections.abc import Mapping
-from difflib import get_close_matches
-from fractions import Fraction
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo
-from pydantic import model_validator as validate_model
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError
 
+from opta_lmx.config_fields import Bytes, BytesOrAuto, Key, Level, Section, Words, expand
+from opta_lmx.config_models import ModelsConfig
 from opta_lmx.config_sources import ConfigError, KeyPath, Origin, Sources
 
 __all__ = ["Config", "ConfigError", "find_config", "load_config"]
-
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(I?)B|B)?", re.ASCII | re.IGNORECASE)
 
 _REASONS: Final = {
     "missing": "is missing",
@@ -29,77 +24,6 @@ _REASONS: Final = {
     "tuple_type": "should be a list",
     "string_type": "should be text; put it in quotes",
 }
-
-
-def _parse_bytes(value: object) -> object:
-    """An int from 10485760, "10MiB" or "1.5 GB"; "auto" passes, for the keys that take it."""
-    if isinstance(value, str) and value != "auto":
-        match = _SIZE.fullmatch(value.strip())
-        if match is None:
-            raise ValueError("should be a size such as 10485760, 10MiB or 1.5GB")
-        number, prefix, binary = match.groups()
-        power = " KMGT".index(prefix.upper()) if prefix else 0
-        return int(Fraction(number) * (1024 if binary else 1000) ** power)
-    if isinstance(value, bool | float) or (isinstance(value, int) and value < 0):
-        raise ValueError("should be a whole number of bytes, 0 or more")
-    return value
-
-
-def _resolve_key(value: object, info: ValidationInfo) -> object:
-    """The key itself, or what ``env:NAME`` or ``file:PATH`` holds; no error of it shows a key."""
-    if not isinstance(value, str):
-        return value
-    key = value
-    kind, _, name = value.partition(":")
-    if kind == "env":
-        environ = (info.context or {}).get("environ", {})
-        if name not in environ:
-            raise ValueError(f"the environment variable {name} is not set")
-        key = environ[name]
-    elif kind == "file":
-        try:
-            key = Path(name).expanduser().read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise ValueError(f"the file {name} cannot be read: {reason}") from None
-    # What an HTTP header carries unchanged. A row of asterisks is how a key is shown, and so no secret.
-    if not re.fullmatch(r"(?!\*+$)[!-~]+", key):
-        raise ValueError("should be printable ASCII characters without spaces, and not asterisks alone")
-    return SecretStr(key)
-
-
-def _upper(value: object) -> object:
-    return value.upper() if isinstance(value, str) else value
-
-
-def _expand(path: str | None) -> Path | None:
-    return None if path is None else Path(path).expanduser()
-
-
-Bytes: TypeAlias = Annotated[int, BeforeValidator(_parse_bytes)]
-BytesOrAuto: TypeAlias = Annotated[int | Literal["auto"], BeforeValidator(_parse_bytes)]
-Key: TypeAlias = Annotated[SecretStr, BeforeValidator(_resolve_key)]
-Level: TypeAlias = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_upper)]
-Words: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
-
-
-class Section(BaseModel):
-    """A frozen group of settings. Nothing is guessed: "80" is no number, 1 no truth value, a typo no setting."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-    @validate_model(mode="before")
-    @classmethod
-    def _check_names(cls, data: Any) -> Any:
-        # A section whose keys are all commented out reads as null.
-        if data is None:
-            return {}
-        for name in data if isinstance(data, dict) else ():
-            if name not in cls.model_fields:
-                near = get_close_matches(str(name), cls.model_fields, n=1)
-                hint = f"the nearest is {near[0]!r}" if near else f"known here: {', '.join(cls.model_fields)}"
-                raise PydanticCustomError("unknown_key", "unknown key; {hint}", {"name": str(name), "hint": hint})
-        return data
 
 
 class ServerConfig(Section):
@@ -137,83 +61,6 @@ class ServerConfig(Section):
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
-class PresetSampling(Section):
-    """Sampling a preset sets; a request's own values win."""
-
-    temperature: float | None = Field(
-        default=None, ge=0, le=2, description="Randomness; 0 always takes the likeliest token."
-    )
-    top_p: float | None = Field(default=None, gt=0, le=1, description="Share of the probability mass to sample from.")
-    top_k: int | None = Field(default=None, ge=0, description="Number of likeliest tokens to sample from; 0 is all.")
-    min_p: float | None = Field(
-        default=None, ge=0, le=1, description="Lowest probability, relative to the likeliest token."
-    )
-    frequency_penalty: float | None = Field(
-        default=None, ge=-2, le=2, description="Penalty that grows with each repetition."
-    )
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="Penalty for any token already used.")
-    repetition_penalty: float | None = Field(
-        default=None, gt=0, description="Divisor for tokens already seen; 1 is none."
-    )
-    max_tokens: int | None = Field(default=None, ge=1, description="Most tokens of an answer.")
-    seed: int | None = Field(default=None, ge=0, description="Seed of the random choices.")
-    stop: Words | None = Field(default=None, description="Texts that end an answer.")
-
-
-class Preset(Section):
-    """A name that stands for a model and how to ask it."""
-
-    model: str = Field(description="Id or alias of the model.")
-    system_prompt: str | None = Field(default=None, description="System message for conversations that bring none.")
-    sampling: PresetSampling = Field(
-        default=PresetSampling(), description="Sampling values for requests that bring none."
-    )
-    template_kwargs: Mapping[str, Any] = Field(default={}, description="Variables for the model's chat template.")
-    context_length: int | None = Field(
-        default=None, ge=1, description="Most tokens of prompt and answer; null: the model's."
-    )
-
-
-class PerModel(Section):
-    """What differs for one model id."""
-
-    ttl_seconds: float | None = Field(
-        default=None, gt=0, description="Idle seconds before unloading; null: models.ttl_seconds."
-    )
-    context_length: int | None = Field(
-        default=None, ge=1, description="Most tokens of prompt and answer; null: the model's."
-    )
-    kv_bits: Literal[4, 8] | None = Field(
-        default=None, description="Bits of a KV cache value, 4 or 8; null: not quantised."
-    )
-    pinned: bool = Field(default=False, description="Never evict this model and never let it expire.")
-
-
-class ModelsConfig(Section):
-    """Which models there are, what they are called, and how long they stay loaded."""
-
-    models_directory: str = Field(default="~/.opta-lmx/models", description="Directory of the models on disk.")
-    default_model: str = Field(
-        default="smollm2-135m-instruct",
-        description="Model id made ready for its first load at the start, and watched by /admin/health.",
-    )
-    starter: bool = Field(default=True, description="Offer the small model that comes with the installation.")
-    auto_load: Words = Field(default=(), description="Model ids loaded when the server starts.")
-    jit: bool = Field(default=True, description="Load a model when a request names it; false: only through /admin.")
-    ttl_seconds: float | None = Field(
-        default=3600, gt=0, description="Idle seconds before a model is unloaded; null: never."
-    )
-    spare_worker: bool = Field(default=True, description="Keep one worker process started ahead of the next load.")
-    aliases: Mapping[str, str] = Field(default={}, description="Other names for models: name or glob to model id.")
-    presets: Mapping[str, Preset] = Field(default={}, description="Names for a model with prompt and sampling.")
-    per_model: Mapping[str, PerModel] = Field(default={}, description="Settings of single models, by model id.")
-
-    @property
-    def directory(self) -> Path:
-        """``models_directory`` with ``~`` expanded."""
-        return Path(self.models_directory).expanduser()
-
-
 class MemoryConfig(Section):
     """The memory cap."""
 
@@ -248,7 +95,7 @@ class PrefixCacheConfig(Section):
     @property
     def ssd_path(self) -> Path | None:
         """``ssd_directory`` with ``~`` expanded."""
-        return _expand(self.ssd_directory)
+        return expand(self.ssd_directory)
 
 
 class SchedulingConfig(Section):
@@ -289,7 +136,7 @@ class LoggingConfig(Section):
     @property
     def path(self) -> Path | None:
         """``file`` with ``~`` expanded."""
-        return _expand(self.file)
+        return expand(self.file)
 
 
 class SecurityConfig(Section):

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save
 
 from opta_lmx.api.routes import build_app
-from opta_lmx.config import Config, ModelsConfig
+from opta_lmx.config import Config
+from opta_lmx.config_models import ModelsConfig
 from opta_lmx.inference.engine import InferenceEngine
 from opta_lmx.manager.importing import IMPORT_VERSION
 from opta_lmx.manager.integrity import ModelsLock

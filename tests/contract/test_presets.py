@@ -5,7 +5,7 @@ from typing import Any
 from opta_lmx.api.openai.chat import to_generate_request
 from opta_lmx.api.openai.wire import ChatRequest
 from opta_lmx.api.validation import validate
-from opta_lmx.config import Preset, PresetSampling
+from opta_lmx.config_models import Preset, PresetSampling
 from opta_lmx.types import ChatPrompt, GenerateRequest
 
 PRESET = Preset(

@@ -12,7 +12,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from opta_lmx.config import DownloadsConfig, ModelsConfig
+from opta_lmx.config import DownloadsConfig
+from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import (
     Conflict,
     DiskFull,

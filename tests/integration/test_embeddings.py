@@ -9,7 +9,7 @@ import numpy as np
 import openai
 import pytest
 
-from opta_lmx.config import ModelsConfig
+from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import ContextTooLong, InvalidRequest, LoadFailed, UnsupportedParameter
 from opta_lmx.inference.protocol import Embed, Embedded, Failed, Generate, Load, Rank, Ranked
 from opta_lmx.manager.starter import ENCODER_ID, encoder_directory

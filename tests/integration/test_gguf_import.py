@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from opta_lmx.config import ModelsConfig
+from opta_lmx.config_models import ModelsConfig
 from opta_lmx.inference.worker.convert import convert
 from opta_lmx.manager.integrity import ModelsLock, Verdict
 from opta_lmx.manager.model import ModelManager

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from opta_lmx.config import ModelsConfig
+from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import LoadFailed
 from opta_lmx.inference.worker.convert import STAGING_SUFFIX
 from opta_lmx.manager.gguf import GgufError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from opta_lmx.config import ModelsConfig
+from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import Conflict, IntegrityMismatch, LoadFailed, ModelNotFound
 from opta_lmx.manager.integrity import ModelsLock
 from opta_lmx.manager.model import ModelManager

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from opta_lmx.config import Config, ConfigError, LoggingConfig, ModelsConfig, ServerConfig, find_config, load_config
+from opta_lmx.config import Config, ConfigError, LoggingConfig, ServerConfig, find_config, load_config
+from opta_lmx.config_models import ModelsConfig
 
 SECRET = "sk-very-secret-1234"
 

@@ -9,7 +9,9 @@ import pytest
 import yaml
 from pydantic.fields import FieldInfo
 
-from opta_lmx.config import Config, PerModel, Preset, Section, load_config
+from opta_lmx.config import Config, load_config
+from opta_lmx.config_fields import Section
+from opta_lmx.config_models import PerModel, Preset
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opta_lmx.config import Preset
+from opta_lmx.config_models import Preset
 from opta_lmx.errors import (
     Draining,
     GenerationFailed,

@@ -7,7 +7,8 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from opta_lmx.config import MemoryConfig, ModelsConfig
+from opta_lmx.config import MemoryConfig
+from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import Draining, LoadFailed, WorkerLost
 from opta_lmx.manager.memory import MemoryMonitor
 from opta_lmx.manager.residency import Residency

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opta_lmx.config import ModelsConfig
+from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import Conflict, LoadFailed
 from opta_lmx.types import ModelState
 from tests.fake_workers import GIB, House, Serving, model_files, run

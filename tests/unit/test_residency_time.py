@@ -2,7 +2,7 @@
 
 import pytest
 
-from opta_lmx.config import ModelsConfig, PerModel
+from opta_lmx.config_models import ModelsConfig, PerModel
 from opta_lmx.errors import Conflict, InvalidRequest
 from opta_lmx.types import ModelState
 from tests.fake_workers import House, model_files

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import TypeVar
 
-from opta_lmx.config import Config, Preset
+from opta_lmx.config import Config
+from opta_lmx.config_models import Preset
 from opta_lmx.errors import Draining, InvalidRequest, LmxError, ModelNotFound, UnsupportedParameter, WorkerLost
 from opta_lmx.inference.admission import Admission, Slot
 from opta_lmx.inference.embedding import EmbedRequest, RankRequest

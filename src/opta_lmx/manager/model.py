@@ -14,7 +14,7 @@ from pathlib import Path
 
 from anyio import to_thread
 
-from opta_lmx.config import ModelsConfig
+from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import Conflict, IntegrityMismatch, LoadFailed, ModelNotFound
 from opta_lmx.manager.catalog import Listing, describe, describe_gguf, list_directory
 from opta_lmx.manager.gguf import GgufError

@@ -33,7 +33,7 @@ from uuid import uuid4
 import anyio
 import msgspec
 
-from opta_lmx.config import ModelsConfig, PerModel
+from opta_lmx.config_models import ModelsConfig, PerModel
 from opta_lmx.errors import Conflict, Draining, InvalidRequest, LmxError, ModelLoading, ModelNotFound, WorkerLost
 from opta_lmx.manager.memory import LoadPlan, MemoryMonitor, Verdict, plan_load
 from opta_lmx.manager.resident import Hold, Lease, LoadResult, Process, Record, ResidentModel, UnloadResult, Waiter

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from opta_lmx.config import ModelsConfig
+from opta_lmx.config_models import ModelsConfig
 
 STARTER_ID = "smollm2-135m-instruct"
 ENCODER_ID = "all-minilm-l6-v2"

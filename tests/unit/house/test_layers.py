@@ -35,6 +35,8 @@ _ROOMS = {
     "opta_lmx.types": "types",
     "opta_lmx.errors": "errors",
     "opta_lmx.config": "config",
+    "opta_lmx.config_fields": "config",
+    "opta_lmx.config_models": "config",
     "opta_lmx.config_sources": "config",
     "opta_lmx.monitoring": "monitoring",
     "opta_lmx.monitoring.logging": "logging",

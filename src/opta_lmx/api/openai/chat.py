@@ -19,7 +19,7 @@ from opta_lmx.api.parsing import beside_others, parse_object, read_body
 from opta_lmx.api.services import Services
 from opta_lmx.api.sse import EventStream, cache_header
 from opta_lmx.api.validation import validate, wrong_value
-from opta_lmx.config import Preset
+from opta_lmx.config_models import Preset
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
 from opta_lmx.types import ChatPrompt, GenerateRequest, JsonObject, SamplingParams
 

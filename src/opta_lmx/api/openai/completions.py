@@ -19,7 +19,7 @@ from opta_lmx.api.parsing import read_object
 from opta_lmx.api.services import Services
 from opta_lmx.api.sse import EventStream, EventWriter, cache_header
 from opta_lmx.api.validation import validate
-from opta_lmx.config import Preset
+from opta_lmx.config_models import Preset
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
 from opta_lmx.inference.engine import Generation, InferenceEngine
 from opta_lmx.types import GenerateRequest, Prompt, SamplingParams, TextPrompt

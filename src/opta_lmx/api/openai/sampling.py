@@ -4,7 +4,7 @@ from typing import Any, Final, TypeVar
 
 from opta_lmx.api.openai.wire import ChatRequest
 from opta_lmx.api.openai.wire_text import CompletionRequest
-from opta_lmx.config import Preset
+from opta_lmx.config_models import Preset
 from opta_lmx.errors import InvalidRequest
 from opta_lmx.types import SamplingParams
 
