@@ -134,7 +134,8 @@ def test_choices_share_one_prefill(tiny: Tiny, family: Family) -> None:
     engine.ask(0, prompt, n=4, temperature=1.0, seed=11)
     engine.ask(1, prompt[:50], n=3)
     engine.run().assert_empty()
-    assert model.model.computed == 89 + 49 + engine.generated
+    # Each of the seven may be computed once more in vain: the next forward is queued before a token is looked at.
+    assert 0 <= model.model.computed - (89 + 49 + engine.generated) <= 7
     assert [engine.said(0, choice) for choice in range(4)] == [
         alone(model, prompt, temperature=1.0, seed=11 + choice) for choice in range(4)
     ]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
 from opta_lmx.inference.worker.geometry import flat
@@ -23,10 +24,11 @@ Caches = list[Any]  # one mlx-lm cache object a layer
 class DecodeBatch:
     """Rows stand in the order of ``sequences``; newcomers enter at the next forward, at the end.
 
-    How a step runs depends on its rows. Greedy ones, and sampled ones where ``sampler`` is DeviceLaunch, choose on the
-    device: the next forward is queued on tokens nobody has seen yet (a row that turns out to have ended was computed in
-    vain). Rows with processors, which must learn each token first, and sampled ones where ``sampler`` is HostLaunch
-    make the batch wait for the tokens before the next forward.
+    The next forward is always built while one runs, so a row that turns out to have ended is computed once in vain.
+    When it starts depends on the rows. Greedy ones, and sampled ones where ``sampler`` is DeviceLaunch, choose on the
+    device: it is queued at once, on tokens nobody has seen yet. Rows with processors, which must learn each token
+    first, and sampled ones where ``sampler`` is HostLaunch let it wait for the tokens, which are then written into the
+    memory it reads them from.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class DecodeBatch:
         # A single row decodes on its plain cache: no padding, so no mask (a sixth of a small model's step on the CPU).
         self._alone = False
         self._table = RowTable(())
-        self._inputs: list[int] = []
+        self._tokens = TokenRow(0)
         self._joining: list[tuple[Sequence, Caches, int]] = []
         self._launched: Launched | None = None
         self._steps = 0
@@ -57,12 +59,14 @@ class DecodeBatch:
         self._joining.append((sequence, cache, token))
 
     def launch(self) -> None:
-        """Queue one forward over all rows, unless one is queued already."""
+        """Queue the first forward, unless one is queued already; every later one follows from the one before."""
         if self._launched is not None:
             return
-        inputs = self._inputs + self._admit()
+        inputs = self._admit()
         if inputs:
-            self._forward(mx.array(inputs))
+            self._launched = self._forward(mx.array(inputs))
+            self._launched.start()
+            prepare_processors(self._table)
 
     def step(self) -> list[Sequence]:
         """Wait for the queued forward: every row has one token more. Rows that end with it have left the batch."""
@@ -71,22 +75,37 @@ class DecodeBatch:
             return []
         self._launched = None
         collected = list(self.sequences)
-        if launched.tokens is not None:
-            newcomers = self._admit()
-            inputs = mx.concatenate([launched.tokens, mx.array(newcomers)]) if newcomers else launched.tokens
-            self._forward(inputs)
-        tokens = launched.collect()
+        tokens = self._collect(launched, self._admit())
         logits = launched.logits() if any(sequence.wants_logprobs for sequence in collected) else None
         ended = False
         for at, (sequence, token) in enumerate(zip(collected, tokens, strict=True)):
             row = logits[at] if logits is not None and sequence.wants_logprobs else None
             ended |= sequence.take(token, row)
-        if self._launched is None:
-            self._inputs = tokens
         if ended:
             self._report_ends(collected)
             self._keep([at for at, sequence in enumerate(self.sequences) if sequence.finish is None])
+        prepare_processors(self._table)
         return collected
+
+    def _collect(self, launched: Launched, newcomers: list[int]) -> list[int]:
+        """The tokens of ``launched``, with the forward that follows it queued: over its rows and the newcomers'.
+
+        None follows if nobody is known to go on.
+        """
+        if not newcomers and all(sequence.is_at_last_token for sequence in self.sequences):
+            return launched.collect()
+        if launched.tokens is not None:
+            inputs = mx.concatenate([launched.tokens, mx.array(newcomers)]) if newcomers else launched.tokens
+            self._launched = self._forward(inputs)
+            self._launched.start()
+            return launched.collect()
+        if len(self._tokens) != len(self.sequences):
+            self._tokens = TokenRow(len(self.sequences))
+        self._launched = self._forward(self._tokens.lazy)
+        tokens = launched.collect()
+        self._tokens.write(tokens + newcomers)
+        self._launched.start()
+        return tokens
 
     def drop(self, request_id: int) -> list[Sequence]:
         """Remove and return the rows of one request."""
@@ -116,11 +135,8 @@ class DecodeBatch:
         """Bytes of the joint KV cache."""
         return sum(layer.nbytes for layer in self._cache)
 
-    def _forward(self, inputs: mx.array) -> None:
+    def _forward(self, inputs: mx.array) -> Launched:
         logits = self._model(inputs[:, None], cache=self._cache)[:, -1, :]
-        self._launched = self._launch()(logits, self._table)
-        prepare_processors(self._table)
-        self._inputs = []
         self._steps += 1
         if self._steps % _FLUSH_EVERY_STEPS == 0:
             mx.eval(
@@ -132,6 +148,7 @@ class DecodeBatch:
                     if padding is not None
                 ]
             )
+        return self._launch()(logits, self._table)
 
     def _launch(self) -> type[HostLaunch] | type[DeviceLaunch]:
         if self._table.processed:
@@ -161,7 +178,7 @@ class DecodeBatch:
         return [token for _, _, token in joining]
 
     def _report_ends(self, collected: list[Sequence]) -> None:
-        """Hand over the caches of rows that ended. Each lacks the last token of its answer, unless that was fed too."""
+        """Hand over the caches of rows that ended. Each lacks the answer's last token, unless that is being fed."""
         if self._on_end is None:
             return
         unfed = 1 if self._launched is None else 0
@@ -172,10 +189,9 @@ class DecodeBatch:
 
     def _keep(self, rows: list[int]) -> None:
         self.sequences = [self.sequences[at] for at in rows]
-        self._inputs = [self._inputs[at] for at in rows] if self._inputs else []
         self._table = RowTable([sequence.sampler for sequence in self.sequences])
         if not rows:
-            self._cache, self._inputs, self._launched, self._alone = [], [], None, False
+            self._cache, self._launched, self._alone = [], None, False
             return
         if self._launched is not None:
             self._launched.keep(rows, self._table)
@@ -185,6 +201,22 @@ class DecodeBatch:
             layer.filter(rows)
         if len(rows) == 1:
             self._cache, self._alone = [layer.extract(0) for layer in self._cache], True
+
+
+class TokenRow:
+    """Memory for the tokens of one forward, which can be built on it before they are known."""
+
+    def __init__(self, size: int) -> None:
+        self.lazy = mx.zeros(size, dtype=mx.int32)
+        mx.eval(self.lazy)
+        self._view = np.array(self.lazy, copy=False)
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def write(self, tokens: list[int]) -> None:
+        """Set all tokens; no forward that reads them may be under way. One that is not a token reads as 0."""
+        np.maximum(tokens, 0, out=self._view)
 
 
 def row_of(layer: Any, at: int) -> Any:

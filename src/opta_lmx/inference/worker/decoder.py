@@ -119,9 +119,7 @@ class BatchDecoder:
             for sequence in prefill.sequences:
                 self.batch.join(sequence, prefill.cache, prefill.tokens[-1])
         self.batch.launch()
-        stepped = self.batch.step()
-        self.batch.launch()
-        return stepped
+        return self.batch.step()
 
     def keep_prompts(self) -> None:
         """Keep the prompts that became complete in the last step, whose first tokens are on their way by now."""

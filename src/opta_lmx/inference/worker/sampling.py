@@ -108,7 +108,7 @@ class RowTable:
 
 
 def prepare_processors(table: RowTable) -> None:
-    """Let every processor work ahead; call it right after a launch."""
+    """Let every processor work ahead; call it while a forward runs, once the tokens before it are accepted."""
     for i in table.processed:
         for processor in table.rows[i].processors:
             processor.prepare()
@@ -122,9 +122,13 @@ def run_processors(logits: Logits, table: RowTable) -> None:
 
 
 class Launched(Protocol):
-    """One forward under way, and the choice that follows it."""
+    """One forward, and the choice that follows it. ``tokens`` are the choice where it can feed a forward unseen."""
 
     tokens: mx.array | None
+
+    def start(self) -> None:
+        """Queue it; what it reads must be in place by now."""
+        ...
 
     def keep(self, rows: list[int], table: RowTable) -> None:
         """Forget every row but these; ``table`` describes the ones that stay."""
@@ -149,6 +153,9 @@ class HostLaunch:
         self._lazy = logits if logits.dtype == mx.float32 else logits.astype(mx.float32)
         self._table = table
         self._host: Logits | None = None
+
+    def start(self) -> None:
+        """Queue the forward."""
         mx.async_eval(self._lazy)
 
     def keep(self, rows: list[int], table: RowTable) -> None:
@@ -262,7 +269,10 @@ class DeviceLaunch:
         self.tokens: mx.array | None = chosen
         # Damaged weights make every logit NaN, so one tells.
         self._chosen = mx.where(mx.isnan(self._logits[:, 0]), NOT_A_NUMBER, chosen.astype(mx.int32))
-        mx.async_eval(chosen, self._chosen)
+
+    def start(self) -> None:
+        """Queue the forward and the choice."""
+        mx.async_eval(self.tokens, self._chosen)
 
     def keep(self, rows: list[int], table: RowTable) -> None:
         """Forget every row but these; their tokens are chosen already, so the table is not asked again."""

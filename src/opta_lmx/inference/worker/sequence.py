@@ -57,6 +57,11 @@ class Sequence:
         """Tokens of prompt and answer so far."""
         return len(self.request.token_ids) + len(self.tokens)
 
+    @property
+    def is_at_last_token(self) -> bool:
+        """True if the sequence ends with its next token, whichever that is."""
+        return len(self.tokens) + 1 >= self.request.max_tokens
+
     def take(self, token: int, logits: Logits | None = None) -> bool:
         """Record the sampled token; True if the sequence ends with it. ``logits`` is its row, for log-probabilities."""
         if token == NOT_A_NUMBER:
