@@ -63,10 +63,10 @@ def test_a_conversation_reuses_what_was_said(tiny: Tiny, family: Family) -> None
     said = chat.answer()
     assert chat.ask(turn, _SYSTEM, history) == ((len(turn) - 1, "none") if plain else (history, "diverged"))
 
-    # The next turn begins with this one and its answer, all of which was fed.
+    # The next turn begins with this one and its answer, of which the last token was not fed.
     second = turn + said + model.prompt(_QUESTION, seed=2) + opening
     hit, _ = chat.ask(second, _SYSTEM, len(second) - _OPENING)
-    assert hit == len(turn) + len(said)
+    assert hit == len(turn) + len(said) - 1
 
     # A template that writes the opening otherwise once it is history parts from the first turn before the answer.
     third = turn[:history] + model.prompt(30, seed=3) + opening
