@@ -127,6 +127,73 @@ def to_pairs(rows: NDArray[Any], heads: int) -> NDArray[Any]:
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(rows.shape)
 
 
+# Where a block keeps its 16-bit scales.
+_SCALES_AT: Mapping[str, tuple[int, ...]] = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ1_S": (0,),
+    "IQ2_XXS": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ3_S": (0,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+}
+
+
+def random_blocks(kind: Kind, rows: int, columns: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Rows of random blocks of any type, whose values have the spread of a new layer's: 1 / sqrt(columns)."""
+    size, width = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (rows * columns // size, width), dtype=np.uint8)
+    _set_scales(kind, blocks, 1.0)
+    spread = float(gguf.quants.dequantize(blocks, kind).std())
+    _set_scales(kind, blocks, 1 / (spread * math.sqrt(columns)))
+    return blocks.reshape(rows, -1)
+
+
+def _set_scales(kind: Kind, blocks: NDArray[np.uint8], scale: float) -> None:
+    half = np.array([scale], "<f2").view(np.uint8)
+    for at in _SCALES_AT.get(kind.name, ()):
+        blocks[:, at : at + 2] = half
+    if kind is Kind.IQ1_M:
+        # Its scale is spread over the highest four bits of four 16-bit numbers.
+        bits = int(half.view("<u2")[0])
+        for index, at in enumerate((49, 51, 53, 55)):
+            blocks[:, at] = blocks[:, at] & 0x0F | (bits >> 4 * index & 0x0F) << 4
+    if kind is Kind.MXFP4:
+        blocks[:, 0] = 127 + round(math.log2(scale))
+
+
+def pack_q6_k(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Rows of values as Q6_K, simply: the scale of each 16 is what their largest needs."""
+    groups = values.reshape(-1, 16, 16)
+    wanted = np.abs(groups).max(axis=2) / 31
+    whole = (wanted.max(axis=1, keepdims=True) / 127).astype("<f2")
+    scales = np.rint(wanted / np.maximum(whole.astype(np.float32), 1e-12)).clip(1, 127).astype(np.int8)
+    steps = (whole.astype(np.float32) * scales)[..., None]
+    q = (np.rint(groups / np.maximum(steps, 1e-12)).clip(-32, 31) + 32).astype(np.uint8)
+    low = (q & 0x0F).reshape(-1, 2, 2, 64)
+    high = (q >> 4).reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    parts = [
+        (low[:, :, 0] | low[:, :, 1] << 4).reshape(len(q), -1),
+        np.bitwise_or.reduce(high, axis=2).reshape(len(q), -1),
+        scales.view(np.uint8),
+        whole.view(np.uint8).reshape(len(q), 2),
+    ]
+    return np.concatenate(parts, axis=1).reshape(len(values), -1)
+
+
 def write_llama(
     path: Path,
     weights: Weights,

@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from opta_lmx.config_models import ModelsConfig
-from opta_lmx.errors import LoadFailed
+from opta_lmx.errors import Conflict, LoadFailed
 from opta_lmx.inference.worker.convert import STAGING_SUFFIX
 from opta_lmx.manager.gguf import GgufError
 from opta_lmx.manager.importing import GgufImporter
@@ -105,6 +106,38 @@ async def test_a_gguf_of_the_models_directory_is_imported_beside_it(tiny: Path) 
     assert models.delete("acme/tiny") > tiny.parents[2].stat().st_size
     assert names_in(root) == {".imported", "models.lock"}
     assert names_in(root / ".imported") == set()
+
+
+async def test_a_running_import_is_shown_and_keeps_its_model(tiny: Path) -> None:
+    """While it runs it is listed with how far it is, and its model cannot be deleted; afterwards neither holds."""
+    models = manager(tiny.parents[2])
+    target = tiny.parents[2] / ".imported" / "acme" / "tiny"
+    assert models.imports() == {}
+    with anyio.fail_after(_BOUND):
+        async with anyio.create_task_group() as group:
+            with held(staging_of(target)):
+                group.start_soon(models.ensure_local, "acme/tiny")
+                await until(lambda: "acme/tiny" in models.imports())
+                with pytest.raises(Conflict, match="being imported"):
+                    models.delete("acme/tiny")
+    assert models.imports() == {}
+    assert models.delete("acme/tiny") > 0
+
+
+async def test_other_bits_are_another_import(tmp_path: Path) -> None:
+    """The setting decides the form of what is quantised again; a change makes the import again, and only then."""
+    vocabulary = byte_level_vocabulary()
+    source = tmp_path / "m" / "m.gguf"
+    source.parent.mkdir()
+    write_llama(source, random_weights(len(vocabulary.tokens)), vocabulary, Kind.MXFP4)
+    eight = await manager(tmp_path).ensure_local("m")
+    assert eight.quantization == "8bit"
+    four = ModelManager(ModelsConfig(models_directory=str(tmp_path), starter=False, gguf_import_bits=4))
+    files = await four.ensure_local("m")
+    assert (files.quantization, files.verified) == ("4bit", True)
+    made = (files.path / "model.safetensors").stat().st_mtime_ns
+    again = await four.ensure_local("m")
+    assert (again.path / "model.safetensors").stat().st_mtime_ns == made
 
 
 # -- refusals ------------------------------------------------------------------------------------------
@@ -248,6 +281,39 @@ def test_the_job_dies_with_its_parent_and_is_swept_up(starter: StarterModel, tmp
     assert staging_of(target).is_dir()
     assert manager(target.parent).list_available() == ()
     assert names_in(target.parent) == set()
+
+
+async def test_a_killed_job_leaves_nothing_that_is_served(starter: StarterModel, tiny: Path, tmp_path: Path) -> None:
+    """Killed in the middle of the weights, it leaves no model; the next import of that target starts clean."""
+    root = tmp_path / "other"
+    target = root / "out"
+    with job(starter.gguf, target) as process:
+        wait_until((staging_of(target) / "model.safetensors").exists)
+        process.kill()
+        assert process.wait(_BOUND) == -signal.SIGKILL
+    assert not target.exists()
+    await GgufImporter().import_gguf(tiny, target)
+    assert names_in(root) == {"out"}
+    assert json.loads((target / "config.json").read_text())["hidden_size"] == 64
+
+
+async def test_progress_is_known_while_a_job_runs(starter: StarterModel, tmp_path: Path) -> None:
+    """It rises from nothing to the bytes of all tensors, and is gone with the job."""
+    importer, target = GgufImporter(), tmp_path / "out"
+    assert importer.progress(target) is None
+    seen: set[tuple[int, int]] = set()
+    with anyio.fail_after(_BOUND):
+        async with anyio.create_task_group() as group:
+            group.start_soon(importer.import_gguf, starter.gguf, target)
+            await until(lambda: importer.progress(target) is not None)
+            while (progress := importer.progress(target)) is not None:
+                seen.add((progress.done_bytes, progress.total_bytes))
+                await anyio.sleep(0.002)
+    assert (0, 0) in seen
+    totals = {total for _, total in seen} - {0}
+    assert len(totals) == 1
+    assert len(seen) > 5
+    assert max(seen)[0] <= max(totals) < starter.gguf.stat().st_size
 
 
 def test_a_running_job_is_not_swept_up(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from opta_lmx.inference.worker import convert, gguf_tensors, gguf_tokenizer
+from opta_lmx.inference.worker import convert, gguf_blocks, gguf_families, gguf_tokenizer
 from opta_lmx.manager import importing
 from opta_lmx.manager.gguf import (
     ARCHITECTURES,
+    EXPERT_ARCHITECTURES,
     MAX_ARRAY_ITEMS,
     PRE_TOKENIZERS,
     TENSOR_TYPES,
@@ -88,8 +89,11 @@ def test_tables_agree_with_the_package_and_the_job() -> None:
     """What is accepted here is what the job can import, and sizes are those of the format's own package."""
     sizes = {kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind]) for kind in Kind}
     assert all(sizes[number] == row for number, row in TENSOR_TYPES.items())
-    assert {name for name, _, _ in TENSOR_TYPES.values()} == gguf_tensors.QUANTIZED.keys() | gguf_tensors.FLOATS.keys()
-    assert set(ARCHITECTURES) == gguf_tensors.ARCHITECTURES.keys()
+    importable = gguf_blocks.FLOATS.keys() | gguf_blocks.EXACT.keys() | gguf_blocks.DEQUANTIZED
+    assert {name for name, _, _ in TENSOR_TYPES.values()} == importable
+    assert set(ARCHITECTURES) == gguf_families.FAMILIES.keys()
+    with_experts = {name for name in ARCHITECTURES if gguf_families.family_of(name, 8) is not None}
+    assert set(EXPERT_ARCHITECTURES) == with_experts
     assert set(PRE_TOKENIZERS) == gguf_tokenizer.PRE_TOKENIZERS.keys()
     assert importing.STAGING_SUFFIX == convert.STAGING_SUFFIX
 
@@ -101,7 +105,7 @@ def test_every_other_type_is_refused_by_name(kind: Kind, tmp_path: Path) -> None
     path.write_bytes(header(1, 2, KNOWN + tensor("w", [256], kind.value, 0)) + bytes(4096))
     reason = refusal(path)
     assert f"has the type {kind.name}," in reason
-    assert "supported: F32, F16, BF16, Q4_0, Q4_1, Q8_0" in reason
+    assert "supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K" in reason
 
 
 def test_every_truncation_is_refused(whole: Path, tmp_path: Path) -> None:
@@ -118,8 +122,7 @@ def test_every_truncation_is_refused(whole: Path, tmp_path: Path) -> None:
     [
         ({"tokenizer.ggml.model": "bert"}, "tokenizer kind 'bert' is not supported; supported: gpt2, llama"),
         ({"tokenizer.ggml.model": None}, "tokenizer kind None is not supported"),
-        ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken' is not supported; supported: default"),
-        ({"llama.expert_count": 8}, "mixture-of-experts"),
+        ({"tokenizer.ggml.pre": "superbpe"}, "pre-tokenizer 'superbpe' is not supported; supported: default"),
         ({"split.count": 3}, "one part of a model"),
         ({"general.alignment": 48}, "alignment 48 is not a power of two"),
     ],
@@ -137,7 +140,16 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     """The message names the supported ones."""
     path = tmp_path / "m.gguf"
     write_gguf(path, {}, [("w", np.zeros(4, np.float32), Kind.F32)], architecture="mamba")
-    assert refusal(path) == "the architecture 'mamba' is not supported; supported: llama"
+    supported = ", ".join(ARCHITECTURES)
+    assert refusal(path) == f"the architecture 'mamba' is not supported; supported: {supported}"
+
+
+def test_experts_are_refused_where_there_is_no_class_for_them(tmp_path: Path) -> None:
+    """A mixture of experts of a family that is supported without them is refused, with those that are."""
+    path = tmp_path / "m.gguf"
+    write_gguf(path, {"granite.expert_count": 8}, [("w", np.zeros(4, np.float32), Kind.F32)], architecture="granite")
+    expected = "mixture-of-experts models of 'granite' are not supported; supported: llama, qwen3moe"
+    assert refusal(path) == expected
 
 
 @pytest.mark.parametrize(
@@ -167,6 +179,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         (header(1, 2, KNOWN + tensor("w", [], 0, 0)), r"impossible shape \[\]"),
         (header(1, 2, KNOWN + tensor("w", [0], 0, 0)), "impossible shape"),
         (header(1, 2, KNOWN + tensor("w", [31], 8, 0)), "impossible shape"),
+        (header(1, 2, KNOWN + tensor("w", [32], 14, 0)), "impossible shape"),
         (header(1, 2, KNOWN + tensor("w", [2**63] * 4, 0, 0)), "truncated"),
         (header(1, 2, KNOWN + tensor("w", [4], 0, TERABYTE)), "truncated"),
         (header(1, 2, KNOWN + tensor("w", [4], 0, 7)), "not aligned"),

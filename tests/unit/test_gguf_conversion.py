@@ -12,8 +12,10 @@ from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from opta_lmx.inference.worker import convert, gguf_tensors
+from opta_lmx.inference.worker import convert, gguf_blocks, gguf_tensors
+from opta_lmx.inference.worker.convert import Form
 from opta_lmx.inference.worker.gguf_config import Dimensions, ImportRefused
+from opta_lmx.inference.worker.gguf_families import FAMILIES
 from tests.gguf_files import (
     HEAD_DIM,
     HEADS,
@@ -44,7 +46,7 @@ def whole(tmp_path: Path, vocabulary: Vocabulary) -> Path:
 
 def run(source: Path, target: Path, precision: str = "full") -> dict[str, NDArray[Any]]:
     """Imports in this process and returns the tensors."""
-    convert.convert(source, target, precision, progress=lambda done, total: None)
+    convert.convert(source, target, Form(precision), progress=lambda done, total: None)
     return load_file(target / "model.safetensors")
 
 
@@ -62,7 +64,9 @@ def affine(weights: Mapping[str, NDArray[Any]], module: str, bits: int) -> NDArr
     return np.asarray(scales * values + biases, dtype=np.float32)
 
 
-@pytest.mark.parametrize(("kind", "bits"), [(Kind.Q4_0, 4), (Kind.Q4_1, 4), (Kind.Q8_0, 8)])
+@pytest.mark.parametrize(
+    ("kind", "bits"), [(Kind.Q4_0, 4), (Kind.Q4_1, 4), (Kind.Q5_0, 5), (Kind.Q5_1, 5), (Kind.Q8_0, 8)]
+)
 @pytest.mark.parametrize("precision", ["full", "half"])
 def test_blocks_are_repacked_exactly(
     kind: Kind, bits: int, precision: str, tmp_path: Path, vocabulary: Vocabulary
@@ -98,7 +102,7 @@ def test_half_precision_keeps_the_type_of_the_matrices(
     """Norms take the type of the matrices, or that of the scales of quantised ones."""
     source, out = tmp_path / "m.gguf", tmp_path / "out"
     write_llama(source, random_weights(len(vocabulary.tokens)), vocabulary, kind)
-    convert.convert(source, out, "half", progress=lambda done, total: None)
+    convert.convert(source, out, Form("half"), progress=lambda done, total: None)
     with (out / "model.safetensors").open("rb") as file:
         entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     assert entries["model.norm.weight"]["dtype"] == {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[stored]
@@ -110,7 +114,7 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
     ties = np.array([0x3F808000, 0x3F818000, 0x3F80C000, 0xBF808001, 0x00000001], np.uint32).view(np.float32)
     values = np.concatenate([ties, np.random.default_rng(0).normal(0, 1, 251).astype(np.float32)])
     expected = gguf.quants.quantize(values, Kind.BF16).view(np.uint16).reshape(-1)
-    np.testing.assert_array_equal(gguf_tensors.DTYPES["BF16"](values), expected)
+    np.testing.assert_array_equal(gguf_blocks.DTYPES["BF16"](values), expected)
 
 
 def test_rotary_order_undoes_the_interleaving() -> None:
@@ -142,10 +146,10 @@ def test_large_tensors_are_written_in_chunks(tmp_path: Path, whole: Path, vocabu
     """Many chunks give the same file as one, and every one of them is reported."""
     sources = [gguf_tensors.Source.of(tensor) for tensor in gguf.GGUFReader(whole).tensors]
     sizes = Dimensions(HIDDEN, LAYERS, WIDE, HEADS, KV_HEADS, HEAD_DIM, len(vocabulary.tokens))
-    targets = gguf_tensors.plan(sources, gguf_tensors.ARCHITECTURES["llama"], sizes, "F16")
+    targets = gguf_tensors.plan(sources, FAMILIES["llama"], sizes, gguf_tensors.Storage("F16", 8))
     reports: list[int] = []
     gguf_tensors.write(tmp_path / "one", targets, lambda done: None)
-    gguf_tensors.write(tmp_path / "many", targets, reports.append, chunk_bytes=100)
+    gguf_tensors.write(tmp_path / "many", targets, reports.append, chunk_values=100)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
     assert len(reports) > 1000
     assert reports == sorted(set(reports))

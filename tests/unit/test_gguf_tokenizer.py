@@ -79,6 +79,33 @@ def test_llama3_cuts_digits_by_three_and_keeps_line_ends(pre: str) -> None:
     assert cut == ["I", "'LL", " pay", " $", "123", "45", ".\n\n", " ", " ok", "\n", "\t", " x"]
 
 
+_ONE = ["I", "'LL", " pay", " $", "1", "2", "3", ".\n\n", " "]
+CUTS = {
+    "qwen2": [*_ONE, " okDay", "\n", "\t", " x", "/y"],
+    "tekken": [*_ONE, " ok", "Day", "\n", "\t", " x", "/y"],
+    "dbrx": ["I", "'LL", " pay", " $", "123", ".\n\n", " ", " okDay", "\n", "\t", " x", "/y"],
+    "gpt-4o": ["I'LL", " pay", " $", "123", ".\n\n", " ", " ok", "Day", "\n", "\t", " x", "/y"],
+    "refact": ["I", "'", "LL", " pay", " $", "1", "2", "3", ".", "\n\n ", " okDay", "\n\t", " x", "/", "y"],
+    "deepseek-coder": [
+        *("I", "'", "LL", " pay", " $", "1", "2", "3", ".", "\n", "\n", " ", " okDay", "\n", "\t", " x", "/", "y"),
+    ],
+}
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_other_families_cut_as_they_do(pre: str) -> None:
+    """Contractions, digits, line ends and capitals, by the families' published patterns."""
+    assert pieces(pre, "I'LL pay $123.\n\n  okDay\n\t x/y") == CUTS[pre]
+
+
+def test_qwen_joins_letters_with_their_accents() -> None:
+    """Its tokenizer normalises to NFC: a letter and its accent are one letter, and the same as the whole one."""
+    tokenizer = load(files(byte_level_vocabulary("qwen2")))
+    assert tokenizer.encode("caf\u0065\u0301").ids == tokenizer.encode("caf\u00e9").ids
+    plain = load(files(byte_level_vocabulary("gpt-2")))
+    assert plain.encode("caf\u0065\u0301").ids != plain.encode("caf\u00e9").ids
+
+
 def test_default_cuts_punctuation_and_digits_by_three() -> None:
     """What llama.cpp does for files that name no pre-tokenizer."""
     expected = ["a", "+=", "b", " ", "123", "4", " ", "!?", " c"]
@@ -248,6 +275,55 @@ def test_sentencepiece_that_cannot_be_rebuilt_is_refused(
     """What would give other ids than the original is refused."""
     with pytest.raises(ImportRefused, match=reason):
         files(spm_vocabulary(trained), changes)
+
+
+@pytest.fixture(scope="module")
+def gemma() -> sentencepiece.SentencePieceProcessor:
+    """A Gemma-like model: no space before the text, and runs of spaces and line ends as tokens of their own."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TRAINING * 3),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        user_defined_symbols=["\n\n", "\u2581\u2581", "\u2581\u2581\u2581\u2581", "<tool>"],
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@given(text=st.text(st.sampled_from("a th\n\tTé你<tool>  ")) | PLAIN)
+@example(text="  a   b     c\n\n\nd")
+@example(text="def f():\n        return  1")
+def test_gemma_ids_are_its_own(text: str, gemma: sentencepiece.SentencePieceProcessor) -> None:
+    """Runs of spaces are the tokens that SentencePiece takes, the longest first, and the text comes back."""
+    vocabulary = spm_vocabulary(gemma)
+    runs = ("\n\n", "\u2581\u2581", "\u2581\u2581\u2581\u2581", "<tool>")
+    vocabulary.kinds = [
+        TokenType.USER_DEFINED if token in runs else kind
+        for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
+    ]
+    tokenizer = load(files(vocabulary, {"tokenizer.ggml.add_space_prefix": False}))
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert ids == gemma.encode(text)
+    assert tokenizer.decode(ids) == text
+
+
+def test_phi3_marks_take_the_line_end_after_them(trained: sentencepiece.SentencePieceProcessor) -> None:
+    """As Phi-3's own tokenizer does it; the beginning of the text does not, nor do other families' marks."""
+    vocabulary = spm_vocabulary(trained)
+    vocabulary.tokens.append("<|user|>")
+    vocabulary.kinds.append(TokenType.CONTROL)
+    vocabulary.scores.append(0.0)
+    for architecture, same in (("phi3", True), ("llama", False)):
+        tokenizer = load(files(vocabulary, {"general.architecture": architecture}))
+        ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in ("<|user|>\nthe", "<|user|>the")]
+        assert (ids[0] == ids[1]) is same
+        assert tokenizer.encode("<s> the").ids != tokenizer.encode("<s>the").ids
 
 
 def test_a_vocabulary_without_bytes_is_refused(trained: sentencepiece.SentencePieceProcessor) -> None:

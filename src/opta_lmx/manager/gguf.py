@@ -17,27 +17,32 @@ from typing import TypeAlias
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 
-# What the importer has a name map for, and the tokenizers and tensor types it can carry over exactly.
-ARCHITECTURES = ("llama",)
+# What the importer has a name map for, and the tokenizers it can rebuild. Mistral's and Mixtral's files are llama's.
+ARCHITECTURES = (
+    "llama", "qwen2", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3", "smollm3", "granite",
+)  # fmt: skip
+EXPERT_ARCHITECTURES = ("llama", "qwen3moe")
 TOKENIZERS = ("gpt2", "llama")
-PRE_TOKENIZERS = ("default", "gpt-2", "llama-bpe", "llama-v3", "llama3", "smollm")
+PRE_TOKENIZERS = (
+    "default", "gpt-2", "phi-2", "smollm", "starcoder", "refact", "llama-bpe", "llama-v3", "llama3", "pixtral",
+    "dbrx", "qwen2", "deepseek-r1-qwen", "tekken", "gpt-4o", "deepseek-coder",
+)  # fmt: skip
 
-# Tensor type numbers of the format: name, values in a block, bytes of a block.
+# Tensor type numbers of the format: name, values in a block, bytes of a block. Floats first, then what MLX can hold
+# as it is, then what is dequantised and quantised again.
 TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    30: ("BF16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    8: ("Q8_0", 32, 34),
-}
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2),
+    2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
+    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 14: ("Q6_K", 256, 210),
+    19: ("IQ1_S", 256, 50), 29: ("IQ1_M", 256, 56), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74),
+    22: ("IQ2_S", 256, 82), 18: ("IQ3_XXS", 256, 98), 21: ("IQ3_S", 256, 110), 20: ("IQ4_NL", 32, 18),
+    23: ("IQ4_XS", 256, 136), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+}  # fmt: skip
 
 # Types that exist but cannot be imported; named so that the refusal can name them.
 _OTHER_TYPES = {
-    6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
-    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
-    40: "NVFP4", 41: "Q1_0",
+    9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
 # The largest published vocabularies have about 260,000 tokens and 510,000 merges; the largest models have some
@@ -237,8 +242,9 @@ def _check_importable(values: Mapping[str, Scalar]) -> None:
         raise GgufError(f"the architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     if values.get("split.count", 0) not in (0, 1):
         raise GgufError("it is one part of a model that was split over several files")
-    if values.get(f"{architecture}.expert_count", 0) != 0:
-        raise GgufError("mixture-of-experts models are not supported")
+    if values.get(f"{architecture}.expert_count", 0) != 0 and architecture not in EXPERT_ARCHITECTURES:
+        supported = ", ".join(EXPERT_ARCHITECTURES)
+        raise GgufError(f"mixture-of-experts models of {architecture!r} are not supported; supported: {supported}")
     tokenizer = values.get("tokenizer.ggml.model")
     if tokenizer not in TOKENIZERS:
         raise GgufError(f"the tokenizer kind {tokenizer!r} is not supported; supported: {', '.join(TOKENIZERS)}")

@@ -25,7 +25,7 @@ from opta_lmx.monitoring.logging import get_logger
 _log = get_logger(__name__)
 
 # Rises when an import of the same file would give other bytes: older imports are then made again.
-IMPORT_VERSION = 1
+IMPORT_VERSION = 2
 
 # The directories the job writes to, beside their target (the same word as in convert.py).
 STAGING_SUFFIX = ".import.incomplete"
@@ -34,10 +34,23 @@ STAGING_SUFFIX = ".import.incomplete"
 _STDERR_TAIL_BYTES = 4096
 
 
+# Seconds between two log lines on the progress of one import.
+_LOG_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ImportProgress:
+    """How far an import is, in bytes of the source's tensors; both are 0 until its header has been read."""
+
+    done_bytes: int
+    total_bytes: int
+
+
 @dataclass(slots=True)
 class _Job:
     """One running import. ``error`` is its failure; ``abandoned`` if its caller was cancelled before the end."""
 
+    progress: ImportProgress = ImportProgress(0, 0)
     ended: anyio.Event = field(default_factory=anyio.Event)
     error: LmxError | GgufError | OSError | None = None
     abandoned: bool = True
@@ -46,13 +59,20 @@ class _Job:
 class GgufImporter:
     """Runs at most one job for each target; callers that come meanwhile share its outcome.
 
-    A job reports every 16 MiB; a disk that needs longer than ``stall_seconds`` for so little is not working.
+    A job reports every 2 million values; a machine that needs longer than ``stall_seconds`` for so few is not
+    working. ``bits`` is for the block types that MLX cannot hold as they are.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic, stall_seconds: float = 300.0) -> None:
+    def __init__(self, bits: int = 8, now: Callable[[], float] = time.monotonic, stall_seconds: float = 300.0) -> None:
+        self._bits = bits
         self._now = now
         self._stall_seconds = stall_seconds
         self._jobs: dict[Path, _Job] = {}
+
+    def progress(self, target: Path) -> ImportProgress | None:
+        """How far the import to ``target`` is; None if none runs."""
+        job = self._jobs.get(target)
+        return job.progress if job is not None else None
 
     async def import_gguf(self, source: Path, target: Path, finish: Callable[[], None] | None = None) -> None:
         """Makes ``target`` an MLX model directory, replacing one that is there.
@@ -71,7 +91,7 @@ class GgufImporter:
         started = self._now()
         try:
             await to_thread.run_sync(inspect, source)
-            await _run(source, target, self._stall_seconds)
+            await self._run(source, target, job)
             if finish is not None:
                 await to_thread.run_sync(finish)
             job.abandoned = False
@@ -83,6 +103,59 @@ class GgufImporter:
         finally:
             del self._jobs[target]
             job.ended.set()
+
+    async def _run(self, source: Path, target: Path, job: _Job) -> None:
+        """Runs the job to its end; kills it when cancelled or stalled. A job that fails leaves nothing behind."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "opta_lmx.inference.worker.convert", os.fspath(source), os.fspath(target)),
+            *("--bits", str(self._bits)),
+            # The write end closes with this process, which ends the job.
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stderr is not None
+        tail = bytearray()
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(_read_tail, process.stderr, tail)
+                refusal = await self._read_progress(process, source.name, job)
+            code = await process.wait()
+        finally:
+            with anyio.CancelScope(shield=True):
+                _kill(process)
+                if await process.wait() != 0:
+                    await to_thread.run_sync(discard, target.with_name(target.name + STAGING_SUFFIX))
+        if refusal is not None:
+            raise GgufError(refusal)
+        if code != 0:
+            last = tail.decode(errors="replace").strip().rpartition("\n")[2]
+            raise GgufError(f"the import ended with exit code {code}" + (f" ({last})" if last else ""))
+
+    async def _read_progress(self, process: asyncio.subprocess.Process, name: str, job: _Job) -> str | None:
+        """Reads the job's lines to their end; the reason if it refused. A job that says nothing for long is killed."""
+        assert process.stdout is not None
+        refusal: str | None = None
+        logged = self._now()
+        while True:
+            try:
+                with anyio.fail_after(self._stall_seconds):
+                    line = await process.stdout.readline()
+            except TimeoutError:
+                _kill(process)
+                return f"the import made no progress for {self._stall_seconds:g} seconds"
+            if not line:
+                return refusal
+            message = json.loads(line)
+            refusal = message.get("error", refusal)
+            if "done" in message:
+                job.progress = ImportProgress(message["done"], message["total"])
+            if self._now() - logged >= _LOG_SECONDS:
+                logged = self._now()
+                done, total = job.progress.done_bytes, job.progress.total_bytes
+                _log.info("gguf_import_progress", source=name, done_bytes=done, total_bytes=total)
 
 
 def discard(directory: Path) -> None:
@@ -98,52 +171,6 @@ def discard(directory: Path) -> None:
         return
     finally:
         os.close(descriptor)
-
-
-async def _run(source: Path, target: Path, stall_seconds: float) -> None:
-    """Runs the job to its end; kills it when cancelled or stalled. A job that fails leaves nothing behind."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "opta_lmx.inference.worker.convert", os.fspath(source), os.fspath(target)),
-        # The write end closes with this process, which ends the job.
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert process.stderr is not None
-    tail = bytearray()
-    try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(_read_tail, process.stderr, tail)
-            refusal = await _read_progress(process, stall_seconds)
-        code = await process.wait()
-    finally:
-        with anyio.CancelScope(shield=True):
-            _kill(process)
-            if await process.wait() != 0:
-                await to_thread.run_sync(discard, target.with_name(target.name + STAGING_SUFFIX))
-    if refusal is not None:
-        raise GgufError(refusal)
-    if code != 0:
-        last = tail.decode(errors="replace").strip().rpartition("\n")[2]
-        raise GgufError(f"the import ended with exit code {code}" + (f" ({last})" if last else ""))
-
-
-async def _read_progress(process: asyncio.subprocess.Process, stall_seconds: float) -> str | None:
-    """Reads the job's lines to their end; the reason if it refused. A job that says nothing for long is killed."""
-    assert process.stdout is not None
-    refusal: str | None = None
-    while True:
-        try:
-            with anyio.fail_after(stall_seconds):
-                line = await process.stdout.readline()
-        except TimeoutError:
-            _kill(process)
-            return f"the import made no progress for {stall_seconds:g} seconds"
-        if not line:
-            return refusal
-        refusal = json.loads(line).get("error", refusal)
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

@@ -1,6 +1,6 @@
 """The import job: one GGUF file to one MLX model directory, in a process of its own.
 
-    python -m opta_lmx.inference.worker.convert SOURCE.gguf TARGET_DIRECTORY [--precision full|half]
+    python -m opta_lmx.inference.worker.convert SOURCE.gguf TARGET_DIRECTORY [--precision full|half] [--bits 4|5|6|8]
 
 Run by ``manager/importing.py`` on files that ``manager/gguf.py`` has accepted. Progress goes to standard output
 as JSON lines ``{"done": n, "total": m}`` (bytes of the source's tensors); a refusal is the line
@@ -20,55 +20,79 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFReader
 
 from opta_lmx.inference.worker import gguf_tensors, gguf_tokenizer
-from opta_lmx.inference.worker.gguf_config import Dimensions, ImportRefused, JsonObject, Metadata, model_config
+from opta_lmx.inference.worker.gguf_config import (
+    Dimensions,
+    ImportRefused,
+    JsonObject,
+    Metadata,
+    RopeFactors,
+    expert_count,
+    model_config,
+)
+from opta_lmx.inference.worker.gguf_families import family_of
 
 # Part of the name because downloads have incomplete directories too, which must be kept for their resume.
 STAGING_SUFFIX = ".import.incomplete"
 
 
-def convert(source: Path, target: Path, precision: str, progress: Callable[[int, int], None]) -> None:
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What the weights become: ``precision`` full stores floats as F32, half keeps the 16-bit type of the file.
+
+    ``bits`` (4, 5, 6 or 8) is for the block types that MLX cannot hold as they are.
+    """
+
+    precision: str
+    bits: int = 8
+
+
+def convert(source: Path, target: Path, form: Form, progress: Callable[[int, int], None]) -> None:
     """Writes the model directory ``target``, replacing one that is there; nothing is left behind by a failure.
 
-    ``precision`` full stores floats as F32; half keeps the 16-bit type of the file. ``progress`` is told the bytes
-    done and those there are. Raises ImportRefused or OSError.
+    ``progress`` is told the bytes done and those there are. Raises ImportRefused or OSError.
     """
     with _staging(target) as directory:
         if directory is None:
             return
-        _write_model(source, directory, precision, progress)
+        _write_model(source, directory, form, progress)
         for file in directory.iterdir():
             _sync(file)
         _replace(directory, target)
 
 
-def _write_model(source: Path, directory: Path, precision: str, progress: Callable[[int, int], None]) -> None:
+def _write_model(source: Path, directory: Path, form: Form, progress: Callable[[int, int], None]) -> None:
     reader = GGUFReader(source)
     metadata = Metadata(reader.fields)
     architecture = metadata.text("general.architecture") or ""
-    family = gguf_tensors.ARCHITECTURES.get(architecture)
+    family = family_of(architecture, expert_count(metadata, architecture))
     if family is None:
         raise ImportRefused(f"the architecture {architecture!r} is not supported")
     tensors = {tensor.name: gguf_tensors.Source.of(tensor) for tensor in reader.tensors}
-    factors = tensors.pop("rope_freqs.weight", None)
+    factors = {name: tensors.pop(f"rope_{name}.weight", None) for name in ("freqs", "factors_long", "factors_short")}
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise ImportRefused("the tensor 'token_embd.weight' is missing")
     sources = list(tensors.values())
 
     dimensions = Dimensions.of(metadata, architecture, vocab_size=embedding.shape[0])
-    config = model_config(metadata, architecture, dimensions, _rope_factors(factors, dimensions))
+    if not family.own_head_dim and dimensions.head_dim * dimensions.num_attention_heads != dimensions.hidden_size:
+        raise ImportRefused(f"its heads have {dimensions.head_dim} values, and mlx-lm's {family.model_type} divides")
+    every, long, short = (_rope_factors(tensor, dimensions) for tensor in factors.values())
+    rope = RopeFactors(every, long, short)
+    config = model_config(metadata, architecture, family.model_type, dimensions, rope)
     tokenizer = gguf_tokenizer.build(metadata, config["max_position_embeddings"])
     if tokenizer.vocab_size > dimensions.vocab_size:
         raise ImportRefused(f"it has {tokenizer.vocab_size:,} tokens but {dimensions.vocab_size:,} embeddings")
 
-    dtype = "F32" if precision == "full" else gguf_tensors.half_dtype(sources)
-    targets = gguf_tensors.plan(sources, family, dimensions, dtype)
+    dtype = "F32" if form.precision == "full" else gguf_tensors.half_dtype(sources, family)
+    targets = gguf_tensors.plan(sources, family, dimensions, gguf_tensors.Storage(dtype, form.bits))
     config |= {
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
@@ -91,7 +115,7 @@ def _write_model(source: Path, directory: Path, precision: str, progress: Callab
 def _rope_factors(tensor: gguf_tensors.Source | None, dimensions: Dimensions) -> list[float] | None:
     if tensor is None:
         return None
-    if tensor.kind != "F32" or tensor.shape != (dimensions.head_dim // 2,):
+    if tensor.kind != "F32" or tensor.shape != (dimensions.rotary_dim // 2,):
         raise ImportRefused(f"the rotary factors have the shape {tensor.shape} and the type {tensor.kind}")
     factors = tensor.rows.view("<f4").reshape(-1)
     if not (np.isfinite(factors).all() and (factors > 0).all()):
@@ -191,13 +215,14 @@ def main(arguments: list[str]) -> int:
     # MLX's CPU kernels run 16-bit floats about 30 times slower than float32 (SmolLM2-135M on two x86 cores: 0.34
     # against 12 tokens a second); Metal runs them faster, and they halve the KV cache.
     parser.add_argument("--precision", choices=("full", "half"), default="half" if sys.platform == "darwin" else "full")
+    parser.add_argument("--bits", type=int, choices=(4, 5, 6, 8), default=8)
     options = parser.parse_args(arguments)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         convert(
             options.source,
             options.target,
-            options.precision,
+            Form(options.precision, options.bits),
             progress=lambda done, total: _say({"done": done, "total": total}),
         )
     except ImportRefused as refusal:

@@ -28,31 +28,60 @@ class TokenKind(IntEnum):
 class PreTokenizer:
     """How text is cut before merging: each pattern splits what the ones before it left whole.
 
-    ``whole_words`` takes a piece that is itself a token as it stands, without looking at the merges.
+    ``whole_words`` takes a piece that is itself a token as it stands, without looking at the merges. ``composed``
+    joins letters with their accents first (Unicode's NFC).
     """
 
     patterns: tuple[str, ...]
     whole_words: bool = False
     add_bos: bool = False
+    composed: bool = False
+
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_BY_THREE = _WORDS + r"\p{N}{1,3}" + _REST
+_BY_ONE = _WORDS + r"\p{N}" + _REST
+# Words that begin anew where a capital follows small letters, as tekken and GPT-4o cut them.
+_START = r"[^\r\n\p{L}\p{N}]?"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_REST_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _cased(ending: str, digits: str) -> str:
+    return f"{_START}{_UPPER}*{_LOWER}+{ending}|{_START}{_UPPER}+{_LOWER}*{ending}|{digits}{_REST_SLASH}"
 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LLAMA3 = PreTokenizer(
-    patterns=(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    whole_words=True,
-    add_bos=True,
-)
+_PLAIN = PreTokenizer((_GPT2,))
+_SINGLE_DIGITS = PreTokenizer((r"\p{N}", _GPT2))
+_LLAMA3 = PreTokenizer((_BY_THREE,), whole_words=True, add_bos=True)
+_QWEN2 = PreTokenizer((_BY_ONE,), composed=True)
+_GPT4O = PreTokenizer((_cased(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"),))
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    "gpt-2": PreTokenizer((_GPT2,)),
-    "smollm": PreTokenizer((r"\p{N}", _GPT2)),
+    "gpt-2": _PLAIN,
+    "phi-2": _PLAIN,
+    "smollm": _SINGLE_DIGITS,
+    "starcoder": _SINGLE_DIGITS,
+    "refact": _SINGLE_DIGITS,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama-bpe": _LLAMA3,
+    "pixtral": _LLAMA3,
+    "dbrx": PreTokenizer((_BY_THREE,)),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": PreTokenizer((_cased("", r"\p{N}"),), whole_words=True, add_bos=True),
+    "gpt-4o": _GPT4O,
+    "deepseek-coder": PreTokenizer(
+        ("[\\r\\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}")
+    ),
 }
+
+# How SentencePiece writes a space.
+_SPACE = "\u2581"
 
 # A chat model's turn ends with one of these even where the header names another end (base models' files do).
 _TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
@@ -91,7 +120,9 @@ def build(metadata: Metadata, context_length: int) -> TokenizerFiles:
         tokenizer, adds_bos = _sentencepiece(metadata, vocabulary, kinds, unknown), True
     else:
         raise ImportRefused(f"the tokenizer kind {kind!r} is not supported")
-    _add_special(tokenizer, tokens, kinds)
+    # Phi-3's own tokenizer takes the line end after a mark of its chats into the mark.
+    strips = kind == "llama" and metadata.text("general.architecture", default="") == "phi3"
+    _add_special(tokenizer, tokens, kinds, strips)
     first = bos if metadata.flag("tokenizer.ggml.add_bos_token", adds_bos) else None
     last = eos if metadata.flag("tokenizer.ggml.add_eos_token", False) else None
     _frame(tokenizer, tokens, first, last)
@@ -136,6 +167,8 @@ def _byte_level(metadata: Metadata, vocabulary: dict[str, int]) -> tuple[Tokeniz
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in pre.patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    if pre.composed:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, pre.add_bos
 
@@ -165,11 +198,11 @@ def _sentencepiece(
         )
     )
     leading_space = metadata.flag("tokenizer.ggml.add_space_prefix", True)
-    to_underscore = normalizers.Replace(" ", "\u2581")
-    start = [normalizers.Prepend("\u2581")] if leading_space else []
+    to_underscore = normalizers.Replace(" ", _SPACE)
+    start = [normalizers.Prepend(_SPACE)] if leading_space else []
     tokenizer.normalizer = normalizers.Sequence([*start, to_underscore])
     end = [decoders.Strip(" ", 1, 0)] if leading_space else []
-    to_space = decoders.Replace("\u2581", " ")
+    to_space = decoders.Replace(_SPACE, " ")
     tokenizer.decoder = decoders.Sequence([to_space, decoders.ByteFallback(), decoders.Fuse(), *end])
     return tokenizer
 
@@ -187,15 +220,27 @@ def _merges_by_score(
     return [(left, right) for _, _, left, right in sorted(ranked)]
 
 
-def _add_special(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
-    """Control tokens are cut out of text whole and hidden in answers; user-defined ones are whole but shown."""
+# What takes nothing after it into itself in Phi-3's tokenizer.
+_NEVER_STRIPS = ("<unk>", "<s>", "<|endoftext|>")
+
+
+def _add_special(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequence[int], strips: bool) -> None:
+    """Control tokens are cut out of text whole and hidden in answers; user-defined ones are whole but shown.
+
+    ``strips``: control tokens take the whitespace after them. A user-defined token with SentencePiece's mark for a
+    space is looked for in the text that already has such marks.
+    """
     special = {TokenKind.CONTROL, TokenKind.UNKNOWN}
     added = {kind: [t for t, k in zip(tokens, kinds, strict=True) if k == kind] for kind in TokenKind}
     tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for kind in sorted(special) for token in added[kind]]
+        [
+            AddedToken(token, normalized=False, special=True, rstrip=strips and token not in _NEVER_STRIPS)
+            for kind in sorted(special)
+            for token in added[kind]
+        ]
     )
     tokenizer.add_tokens(
-        [AddedToken(token, normalized=False, special=False) for token in added[TokenKind.USER_DEFINED]]
+        [AddedToken(token, normalized=_SPACE in token, special=False) for token in added[TokenKind.USER_DEFINED]]
     )
 
 
