@@ -52,11 +52,25 @@ async def test_reasoning_streams_as_it_comes(client: httpx.AsyncClient, world: W
     [
         (thinks("Hm", ".", "</think>", "Yes", in_reasoning=True), 3),
         (thinks("<think>", "Hm", ".", "</think>", "Yes"), 3),
+        (thinks("<", "think", ">", "Hm", ".", "</", "th", "ink>", "Yes"), 5),
+        (thinks("Hm", "", ".</think>", "", "Yes", "</think>", in_reasoning=True), 3),
+        (thinks("Hm", " a </", "b", "</think", "ing", "</think>", "Yes", in_reasoning=True), 6),
+        (thinks("<|channel|>", "analysis", "<|message|>", "Hm", "<|end|>", "<|start|>", reasoning_format="harmony"), 2),
         (thinks("Yes"), 0),
         (thinks("Hm", ".", "", in_reasoning=True, finish=FinishReason.LENGTH), 3),
         (thinks("Yes", "</think>", reasoning_format=None), 0),
     ],
-    ids=["opened by the prompt", "opened by the model", "none", "cut off", "a model that does not think"],
+    ids=[
+        "opened by the prompt",
+        "opened by the model",
+        "marks in pieces",
+        "tokens without a text of their own",
+        "what looks like a mark",
+        "a channel",
+        "none",
+        "cut off",
+        "a model that does not think",
+    ],
 )
 async def test_tokens_of_reasoning_are_counted(
     client: httpx.AsyncClient, world: World, script: Script, tokens: int

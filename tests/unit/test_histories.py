@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opta_lmx.inference.worker.histories import histories, normalised, with_objects, without_system
+from opta_lmx.inference.worker.histories import (
+    histories,
+    normalised,
+    with_names,
+    with_objects,
+    with_single_calls,
+    without_system,
+)
 
 SYSTEM = {"role": "system", "content": "S"}
 USER = {"role": "user", "content": "U"}
@@ -81,7 +88,8 @@ def test_calls_of_neighbours_are_kept() -> None:
 def test_a_system_message_can_open_the_users_turn() -> None:
     """For templates that know no system role."""
     assert without_system([SYSTEM, USER, ASSISTANT]) == [{"role": "user", "content": "S\n\nU"}, ASSISTANT]
-    assert without_system([SYSTEM, ASSISTANT]) == [SYSTEM, ASSISTANT]
+    assert without_system([SYSTEM, ASSISTANT]) == [{"role": "user", "content": "S"}, ASSISTANT]
+    assert without_system([SYSTEM]) == [{"role": "user", "content": "S"}]
 
 
 turns = st.one_of(
@@ -92,6 +100,38 @@ turns = st.one_of(
     ),
     st.builds(calling, st.sampled_from(["{}", "", "no"]), st.sampled_from(["", "x"])),
 )
+
+
+def test_results_name_their_tool() -> None:
+    """OpenAI's results name the call, which names the tool; a name that was sent stays."""
+    [_, named] = with_names([calling("{}"), RESULT])
+    assert named == {**RESULT, "name": "f"}
+    assert with_names([calling("{}"), {**RESULT, "name": "g"}, {**RESULT, "tool_call_id": "x"}])[1:] == [
+        {**RESULT, "name": "g"},
+        {**RESULT, "tool_call_id": "x"},
+    ]
+
+
+def test_each_call_can_have_a_turn_of_its_own() -> None:
+    """Followed by its result, wherever that stood; results of no call stay where they are."""
+    first, second = ({"id": id, "function": {"name": id, "arguments": "{}"}} for id in "ab")
+    turn = {"role": "assistant", "content": "T", "tool_calls": [first, second]}
+    results = [{"role": "tool", "content": id, "tool_call_id": id} for id in "bac"]
+    assert with_single_calls([turn, *results]) == [
+        {"role": "assistant", "content": "T", "tool_calls": [first]},
+        results[1],
+        {"role": "assistant", "content": "", "tool_calls": [second]},
+        results[0],
+        results[2],
+    ]
+
+
+@given(messages=st.lists(turns, max_size=8))
+def test_every_history_has_at_most_some_forms_and_no_form_twice(messages: list[dict[str, Any]]) -> None:
+    """A template that takes none is given up after a few tries."""
+    forms = list(histories(messages))
+    assert 1 <= len(forms) <= 24
+    assert all(form not in forms[:at] for at, form in enumerate(forms))
 
 
 @given(messages=st.lists(turns, max_size=8))

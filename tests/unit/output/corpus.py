@@ -132,6 +132,14 @@ def _invoke(call: Call) -> str:
     return f'<invoke name="{call[0]}">\n{pairs}</invoke>'
 
 
+def _minicpm(call: Call) -> str:
+    return _invoke(call).replace("<invoke", "<function").replace("</invoke", "</function").replace("parameter", "param")
+
+
+def _command(call: Call) -> str:
+    return json.dumps({"tool_call_id": "0", "tool_name": call[0], "parameters": call[1]})
+
+
 def _glm(call: Call) -> str:
     pairs = "".join(
         f"<arg_key>{key}</arg_key>\n<arg_value>{_raw(value)}</arg_value>\n" for key, value in call[1].items()
@@ -174,6 +182,8 @@ def _kimi_calls(calls: Sequence[Call]) -> str:
     return f"<|tool_calls_section_begin|>{body}<|tool_calls_section_end|>"
 
 
+_NEWLINE = "\n"
+
 _WRITERS: dict[str, Callable[[Sequence[Call]], str]] = {
     "hermes": lambda calls: "\n".join(f"<tool_call>\n{_json(call)}\n</tool_call>" for call in calls),
     "qwen3_xml": lambda calls: "\n".join(f"<tool_call>\n{_xml(call)}\n</tool_call>" for call in calls),
@@ -186,6 +196,11 @@ _WRITERS: dict[str, Callable[[Sequence[Call]], str]] = {
     "gemma": lambda calls: "".join(f"<|tool_call>call:{name}{_brace(values)}<tool_call|>" for name, values in calls),
     "minimax": lambda calls: "\n".join(["<minimax:tool_call>", *map(_invoke, calls), "</minimax:tool_call>"]),
     "granite": lambda calls: f"<|tool_call|>[{', '.join(map(_json, calls))}]",
+    "command": lambda calls: f"<|START_ACTION|>[{', '.join(map(_command, calls))}]<|END_ACTION|>",
+    "minicpm": lambda calls: "\n".join(map(_minicpm, calls)),
+    "nemotron": lambda calls: f"<TOOLCALL>[{', '.join(map(_json, calls))}]</TOOLCALL>",
+    "seed": lambda calls: f"<seed:tool_call>\n{_NEWLINE.join(map(_xml, calls))}\n</seed:tool_call>",
+    "tool_calls": lambda calls: f"<tool_calls>[{', '.join(map(_json, calls))}]</tool_calls>",
     "pythonic": lambda calls: f"<|tool_call_start|>[{', '.join(map(_python, calls))}]<|tool_call_end|>",
 }
 FORMATS = tuple(_WRITERS)
@@ -203,6 +218,11 @@ BEGINS = {name: written(name, [EMPTY]).split("now")[0] for name in FORMATS} | {
     "mistral": "[TOOL_CALLS]",
     "harmony": "<|channel|>",
     "granite": "<|tool_call|>",
+    "command": "<|START_ACTION|>",
+    "minicpm": '<function name="',
+    "nemotron": "<TOOLCALL>",
+    "seed": "<seed:tool_call>",
+    "tool_calls": "<tool_calls>",
 }
 _CLOSE = {
     "hermes": "</tool_call>",
@@ -217,6 +237,11 @@ _CLOSE = {
     "minimax": "</invoke>",
     "granite": "<|tool_call|>",
     "pythonic": "<|tool_call_end|>",
+    "command": "<|END_ACTION|>",
+    "minicpm": "</function>",
+    "nemotron": "</TOOLCALL>",
+    "seed": "</function></seed:tool_call>",
+    "tool_calls": "</tool_calls>",
 }
 
 
@@ -243,6 +268,15 @@ THINK = (
     Answer("", "<think>never closed", (), "", "never closed", "think"),
     Answer("", "The <think> tag and </think> in prose", (), "The <think> tag and </think> in prose", "", "think"),
     Answer("", "[THINK]Hm.[/THINK]Hello", (), "Hello", "Hm.", "mistral"),
+    Answer("", "<seed:think>\nHm.\n</seed:think>\nHello", (), "Hello", "Hm.", "seed"),
+    Answer(
+        "command",
+        "<|START_THINKING|>Hm.<|END_THINKING|>" + written("command", [PARIS]),
+        [PARIS],
+        "",
+        "Hm.",
+        "command",
+    ),
     Answer("gemma", "<|channel>thought\nHm.\n<channel|>Hello", (), "Hello", "Hm.", "gemma"),
     Answer(
         "hermes",
@@ -280,6 +314,26 @@ THINK = (
     ),
     Answer("harmony", " to=functions.now<|channel|>commentary json<|message|>{}", [EMPTY], "", "", "harmony"),
 )
+
+UNICODE: Call = ("run", {"code": 'h\u00e9llo \u2713 \u65e5\u672c \U0001f642 "q" \\ \n\tend'})
+NESTED: Call = (
+    "search",
+    {"query": "[]", "limit": -1, "exact": False, "filter": {"a": [{"b": [None, {}]}, []], "c": "}"}},
+)
+
+
+def _after_thought(name: str) -> Answer:
+    """Reasoning that quotes the mark of a call, then calls."""
+    thought, calls = f"Hm.\n\nUse {BEGINS[name]}?", [UNICODE, NESTED, PARIS]
+    if name == "harmony":
+        begin, end, reasoning = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "harmony"
+        thought = "Hm.\n\nUse it?"
+    else:
+        begin, end, reasoning = "<think>\n", "\n</think>\n\n", "think"
+    return Answer(name, begin + thought + end + written(name, calls), calls, "", thought, reasoning)
+
+
+MIXED = tuple(map(_after_thought, FORMATS))
 
 VARIANTS = (
     Answer("hermes", '<tool_call>{"name": "now"}</tool_call>', [EMPTY]),
@@ -320,6 +374,7 @@ OURS_ALONE = (
 ANSWERS: tuple[Answer, ...] = (
     *(answer for name in FORMATS for answer in _of(name)),
     *THINK,
+    *MIXED,
     *VARIANTS,
     *OURS_ALONE,
 )

@@ -1,7 +1,11 @@
 """The tables of formats: which one a chat template asks for, and what its markers are."""
 
+from typing import get_args
+
 import pytest
 
+from opta_lmx.config_models import ReasoningFormat as ReasoningFormatName
+from opta_lmx.config_models import ToolFormat as ToolFormatName
 from opta_lmx.inference.output.formats import (
     HARMONY_MARKERS,
     REASONING_FORMATS,
@@ -36,12 +40,26 @@ _JSON_CALL = '<tool_call>\\n{"name": "\' + tool_call.name + \'"'
         ("<|tool_call|> available_tools", "granite", None),
         ("<|tool_list_start|> <|tool_call_start|>", "pythonic", None),
         ("<seed:think>", None, "seed"),
+        ("<seed:think> <seed:tool_call>\n<function=", "seed", "seed"),
+        ("<|START_THINKING|> <|START_ACTION|>[ ]<|END_ACTION|>", "command", "command"),
+        ("<TOOLCALL>[ ]</TOOLCALL> <think>", "nemotron", "think"),
+        ("within <tool_call></tool_call> tags: <tool_calls>[", "tool_calls", None),
+        ('<function name=" <param name=" <think>', "minicpm", "think"),
+        ("<|im_system|>tool_declare<|im_middle|>", "kimi", None),
+        ("<|tool|> <|tool_call|>{ }<|/tool_call|>", "granite", None),
+        ('<|header_start|> tools {"name": function name, "parameters": dictionary}', "llama", None),
     ],
 )
 def test_the_template_names_the_formats(template: str, tools: str | None, reasoning: str | None) -> None:
     """Each family is known by what only its chat template holds."""
     assert detect_tool_format(template) == tools
     assert detect_reasoning_format(template) == reasoning
+
+
+def test_the_settings_know_every_format() -> None:
+    """Each name of the tables can be set, and none that is in no table, but the word for none of them."""
+    assert set(get_args(ToolFormatName)) == {*TOOL_FORMATS, "none"}
+    assert set(get_args(ReasoningFormatName)) == {*REASONING_FORMATS, "none"}
 
 
 def test_every_format_of_the_table_is_in_the_corpus() -> None:

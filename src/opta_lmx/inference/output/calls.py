@@ -118,7 +118,7 @@ class CallReader:
             yield from cursor.skip_space()
             yield from cursor.expect(":")
             yield from cursor.skip_space()
-            if key == "name" and name is None:
+            if key in ("name", "tool_name") and name is None:
                 name = yield from read_string(cursor)
             elif key in ("arguments", "parameters") and arguments is None and not streams:
                 if name and (yield from cursor.peek()) == "{":

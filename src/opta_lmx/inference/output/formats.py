@@ -93,6 +93,8 @@ _QWEN = ToolFormat((CallForm(Body.JSON), _XML_PARAMETERS), section=("<tool_call>
 
 TOOL_FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
     {
+        # Command's answers that are no calls stand between marks of their own, which are no part of the text.
+        "command": ToolFormat((CallForm(Body.JSON),), section=("<|START_ACTION|>", "<|END_ACTION|>")),
         # Models of both families stray into the other's form, so both are read under either name.
         "hermes": _QWEN,
         "qwen3_xml": _QWEN,
@@ -164,7 +166,24 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
             ),
             section=("<minimax:tool_call>", "</minimax:tool_call>"),
         ),
-        "granite": ToolFormat((CallForm(Body.JSON),), section=("<|tool_call|>", "")),
+        "minicpm": ToolFormat(
+            (
+                CallForm(
+                    Body.PARAMETERS,
+                    open='<function name="',
+                    close="</function>",
+                    name_close='">',
+                    key_open='<param name="',
+                    key_close='">',
+                    value_close="</param>",
+                ),
+            ),
+        ),
+        "nemotron": ToolFormat((CallForm(Body.JSON),), section=("<TOOLCALL>", "</TOOLCALL>")),
+        "seed": ToolFormat((_XML_PARAMETERS,), section=("<seed:tool_call>", "</seed:tool_call>")),
+        "tool_calls": ToolFormat((CallForm(Body.JSON),), section=("<tool_calls>", "</tool_calls>")),
+        # The closing mark is Phi's.
+        "granite": ToolFormat((CallForm(Body.JSON),), section=("<|tool_call|>", "<|/tool_call|>")),
         "pythonic": ToolFormat((CallForm(Body.JSON),), section=("<|tool_call_start|>", "<|tool_call_end|>")),
     }
 )
@@ -172,6 +191,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
 REASONING_FORMATS: Mapping[str, ReasoningFormat] = MappingProxyType(
     {
         "think": ReasoningFormat("<think>", "</think>"),
+        "command": ReasoningFormat("<|START_THINKING|>", "<|END_THINKING|>"),
         "harmony": ReasoningFormat(),
         "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
         "gemma": ReasoningFormat("<|channel>thought", "<channel|>"),
@@ -182,24 +202,33 @@ REASONING_FORMATS: Mapping[str, ReasoningFormat] = MappingProxyType(
 # The first whose every string stands in the template; the more particular come before those they contain.
 _TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harmony", ("<|channel|>", "<|message|>")),
+    ("command", ("<|START_ACTION|>", "<|END_ACTION|>")),
+    ("seed", ("<seed:tool_call",)),
     ("minimax", ("<minimax:tool_call>",)),
     ("gemma", ("<|tool_call>", "<tool_call|>")),
     ("glm47", ("<arg_key>",)),
     ("pythonic", ("<|tool_call_start|>",)),
     ("pythonic", ("<|tool_list_start|>",)),
     ("qwen3_xml", ("<tool_call>", "<function=")),
+    ("minicpm", ('<function name="', '<param name="')),
     ("kimi", ("<|tool_calls_section_begin|>",)),
+    # Its first template tells of tools but shows no call.
+    ("kimi", ("tool_declare<|im_middle|>",)),
     ("deepseek_v3", (_deepseek("tool▁calls▁begin"),)),
     ("mistral", ("[TOOL_CALLS]",)),
     ("granite", ("<|tool_call|>",)),
+    ("nemotron", ("<TOOLCALL>",)),
+    ("tool_calls", ("<tool_calls>",)),
     ("hermes", ("<tool_call>",)),
     ("llama", ("<|python_tag|>",)),
     ("llama", ("<|start_header_id|>", "tools", '"parameters"')),
+    ("llama", ("<|header_start|>", "tools", '"parameters"')),
 )
 
 _REASONING_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harmony", ("<|channel|>", "<|message|>")),
     ("gemma", ("<|channel>", "<channel|>")),
+    ("command", ("<|START_THINKING|>",)),
     ("mistral", ("[THINK]",)),
     ("seed", ("<seed:think>",)),
     ("think", ("</think>",)),

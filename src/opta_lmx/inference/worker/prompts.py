@@ -7,11 +7,27 @@ from jinja2.exceptions import TemplateError
 
 from opta_lmx.errors import ContextTooLong, InvalidRequest, UnsupportedParameter
 from opta_lmx.inference.worker.histories import histories
+from opta_lmx.inference.worker.template_traits import Traits, traits_of
+from opta_lmx.inference.worker.templates import Templates, TemplateTooCostly
 from opta_lmx.types import ChatPrompt, JsonObject, Prompt, TextPrompt, TokenPrompt
 
-# What a template can fail with over messages or variables it was not written for; transformers renders it in jinja2's
-# sandbox. A request cannot make one run for ever: its loops go over what the request holds, and it is the model's own.
-_TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# What a template can fail with, in its own words or for a mistake in it, over messages it was not written for or any.
+_TEMPLATE_FAULTS = (
+    TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NameError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+# As transformers tells templates of reasoning: the first of these a message has, under each name in use.
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 # Of a template's complaint; it may quote what it was given.
 _MOST_CHARACTERS = 300
@@ -20,10 +36,12 @@ _MOST_CHARACTERS = 300
 class PromptReader:
     """Renders and tokenises. Safe on any one thread while the model runs on another."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        """``tokenizer`` is a transformers tokenizer."""
+    def __init__(self, tokenizer: Any, vocab_size: int, templates: Templates | None = None) -> None:
+        """``tokenizer`` is a transformers tokenizer; ``templates`` brings bounds other than the usual ones."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._templates = templates or Templates()
+        self._traits: dict[str, Traits] = {}
 
     def read(self, prompt: Prompt, context_length: int, opening: Sequence[int] = ()) -> list[int]:
         """Token ids, at least one and fewer than the context; raises RequestRejected with the field at fault.
@@ -55,26 +73,48 @@ class PromptReader:
                 "This model has no chat template. Use POST /v1/completions with a prompt instead.", param="messages"
             )
         fault: Exception | None = None
-        for messages in histories(prompt.messages):
-            try:
-                return self._apply_template(messages, prompt, generation_prompt=generation_prompt)
-            except _TEMPLATE_FAULTS as error:
-                # What it says of the client's own messages tells the client most.
-                fault = fault or error
+        try:
+            for messages in histories(prompt.messages, self._traits_of(prompt.tools)):
+                try:
+                    return self.apply(messages, prompt, generation_prompt=generation_prompt)
+                except TemplateTooCostly:
+                    raise
+                except _TEMPLATE_FAULTS as error:
+                    # What it says of the client's own messages tells the client most.
+                    fault = fault or error
+        except TemplateTooCostly as error:
+            fault = error
         reason = " ".join(str(fault).split())[:_MOST_CHARACTERS]
         raise InvalidRequest(
             f"The model's chat template does not accept these messages: {reason}", param="messages"
         ) from fault
 
-    def _apply_template(self, messages: list[JsonObject], prompt: ChatPrompt, *, generation_prompt: bool) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            messages,
-            tools=prompt.tools,
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
+    def _traits_of(self, tools: list[JsonObject] | None) -> Traits:
+        """What the template that these tools choose loses; learned once."""
+        template = self._tokenizer.get_chat_template(None, tools)
+        if template not in self._traits:
+            self._traits[template] = traits_of(self._render_or_none)
+        return self._traits[template]
+
+    def _render_or_none(self, messages: list[JsonObject]) -> str | None:
+        try:
+            return self.apply(messages, ChatPrompt(messages), generation_prompt=True)
+        except TemplateTooCostly:
+            raise
+        except _TEMPLATE_FAULTS:
+            return None
+
+    def apply(self, messages: list[JsonObject], prompt: ChatPrompt, *, generation_prompt: bool = True) -> str:
+        """What transformers' apply_chat_template gives for the same, in bounded time and memory."""
+        variables = {
+            **self._tokenizer.special_tokens_map,
+            "documents": None,
             **prompt.template_kwargs,
-        )
-        return text
+            "messages": list(map(_as_transformers_tells, messages)),
+            "tools": prompt.tools,
+            "add_generation_prompt": generation_prompt,
+        }
+        return self._templates.render(self._tokenizer.get_chat_template(None, prompt.tools), variables)
 
     def boundaries(self, prompt: Prompt, ids: list[int]) -> tuple[int, ...]:
         """Positions where another prompt is likely to part from this one, ascending: end of system, end of history."""
@@ -111,3 +151,10 @@ class PromptReader:
             if token is not None:
                 return [token]
         raise InvalidRequest("The prompt is empty and this model has no token that begins a text.", param="prompt")
+
+
+def _as_transformers_tells(message: JsonObject) -> JsonObject:
+    # A content that is null here is meant to be (``histories.with_null_content``).
+    told = {key: value for key, value in message.items() if value is not None or key == "content"}
+    reasoning = next((told[name] for name in _REASONING_FIELDS if name in told), None)
+    return told if reasoning is None else {"thinking": reasoning, **told, "reasoning_content": reasoning}

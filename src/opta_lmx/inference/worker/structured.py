@@ -1,4 +1,16 @@
-"""Answers that follow a grammar: llguidance says which tokens may come next, and the row's other logits are masked."""
+"""Answers that follow a grammar: llguidance says which tokens may come next, and the row's other logits are masked.
+
+The mask is computed while the forward runs (``Grammar.prepare``, called by ``batch.py``), so a row waits only for the
+mask to be laid on and the token to be taken. Microseconds a token, median and 99th percentile, on one core of a shared
+x86 server, llguidance 1.9.1, random logits, a schema with three fields / any JSON object:
+
+==========  ===================  ===================  ===============
+vocabulary  prepare              apply                accept
+==========  ===================  ===================  ===============
+512         11 (162) / 3 (39)    21 (171) / 12 (27)   5 (58) / 3 (9)
+49,152      11 (259) / 23 (182)  52 (178) / 89 (149)  5 (27) / 9 (28)
+==========  ===================  ===================  ===============
+"""
 
 import json
 from collections.abc import Iterable
