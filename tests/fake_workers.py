@@ -15,9 +15,9 @@ from anyio.lowlevel import checkpoint
 from opta_lmx.config import MemoryConfig
 from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import LmxError
-from opta_lmx.manager.memory import WORKER_OVERHEAD_BYTES, MemoryMonitor
+from opta_lmx.manager.memory import WORKER_OVERHEAD_BYTES, MemoryMonitor, buffer_bytes
 from opta_lmx.manager.residency import Lease, Residency, ResidentModel
-from opta_lmx.types import LoadOptions, MemoryReading, ModelFacts, ModelFiles, WorkerExit
+from opta_lmx.types import EchoOptions, LoadOptions, MemoryReading, ModelFacts, ModelFiles, WorkerExit
 
 GIB = 1024**3
 
@@ -37,7 +37,10 @@ async def settle() -> None:
 
 
 def model_files(id: str, gib: float = 10, **facts: Any) -> ModelFiles:
-    """A model whose need is ``gib`` GiB in all, worker included, unless ``facts`` say more."""
+    """A model whose need is ``gib`` GiB in all, worker included, unless ``facts`` say more.
+
+    It is an echo model, which needs no buffers; ``echo=None`` makes it one of MLX, which does.
+    """
     size = int(gib * GIB) - WORKER_OVERHEAD_BYTES
     values: dict[str, Any] = {
         "path": Path("models") / id,
@@ -51,6 +54,7 @@ def model_files(id: str, gib: float = 10, **facts: Any) -> ModelFiles:
         "kv_heads": None,
         "head_dim": None,
         "created": 0,
+        "echo": EchoOptions(),
     }
     return ModelFiles(id=id, **values | facts)
 
@@ -74,6 +78,7 @@ class FakeWorker:
     pid: int
     on_exit: Callable[[WorkerExit], None]
     footprint_bytes: int
+    options: LoadOptions
     granted_bytes: int = 0
     decide: Callable[[int | None], int] = lambda wanted: 0
     serving: int = 0
@@ -98,6 +103,12 @@ class FakeWorker:
         """Nothing runs any more: the caches are empty, and what they had grown by is given back."""
         self.granted_bytes = self.decide(None)
         self.footprint_bytes = self.model.weights_bytes + WORKER_OVERHEAD_BYTES
+
+    @property
+    def limit_bytes(self) -> int:
+        """What its MLX may take: the bound of its load, and what its requests have been granted beyond."""
+        grown = max(0, self.granted_bytes - (self.options.kv_bytes or 0))
+        return (self.options.memory_limit_bytes or 0) + grown
 
     async def stop(self, grace_seconds: float) -> None:
         """Ends at once, or when ``Machine.stop_gate`` opens; tells ``on_exit`` before it returns."""
@@ -139,6 +150,7 @@ class Machine:
         self.load_gate.set()
         self.stop_gate.set()
         self._loading: dict[str, ModelFiles] = {}
+        self._limits: dict[str, int] = {}
         self._next_pid = 100
 
     @property
@@ -164,14 +176,19 @@ class Machine:
         self._watch(model)
         self.loads.append(model.id)
         self._loading[model.id] = model
+        loading = sum(self._limits.values()) + sum(worker.limit_bytes for worker in self.workers)
+        self._limits[model.id] = options.memory_limit_bytes or 0
+        if loading + self._limits[model.id] > self.limit_bytes:
+            self.violations.append(f"with {model.id} the workers' bounds are above the cap")
         try:
             await self.load_gate.wait()
             if model.id in self.failures:
                 raise self.failures[model.id]
         finally:
-            del self._loading[model.id]
+            del self._loading[model.id], self._limits[model.id]
         self._next_pid += 1
-        worker = FakeWorker(self, model, self._next_pid, on_exit, model.weights_bytes + WORKER_OVERHEAD_BYTES)
+        footprint = model.weights_bytes + WORKER_OVERHEAD_BYTES
+        worker = FakeWorker(self, model, self._next_pid, on_exit, footprint, options)
         self.workers.append(worker)
         return worker
 
@@ -190,11 +207,11 @@ class Machine:
         return self.others_bytes + sum(self.most_bytes(user) for user in users)
 
     def most_bytes(self, user: FakeWorker | ModelFiles) -> int:
-        """What a model may come to use: its weights, its process, and its KV caches full to the brim."""
+        """What a model may come to use: its weights, its process, its buffers, and its KV caches full to the brim."""
         model = user.model if isinstance(user, FakeWorker) else user
         granted = user.granted_bytes if isinstance(user, FakeWorker) else 0
         kv = max(granted, int(model.weights_bytes * self.kv_reserve_fraction))
-        return model.weights_bytes + WORKER_OVERHEAD_BYTES + kv
+        return model.weights_bytes + WORKER_OVERHEAD_BYTES + buffer_bytes(model) + kv
 
 
 class Tasks:

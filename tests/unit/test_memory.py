@@ -21,10 +21,14 @@ from opta_lmx.manager.memory import (
     fits,
     load_need,
     memory_limit,
+    overhead_bytes,
     plan_load,
 )
-from opta_lmx.types import LoadOptions, MemoryReading, ModelState
+from opta_lmx.manager.metal import MetalFacts
+from opta_lmx.types import LoadOptions, MemoryReading, ModelFiles, ModelState
 from tests.fake_workers import GIB, Clock, Machine, model_files
+
+MIB = 1024**2
 
 
 def ledger(*, used: int = 0, reserved: int = 0, limit: int = 90) -> Ledger:
@@ -44,9 +48,10 @@ def need(total_bytes: int) -> LoadNeed:
 
 def test_need_is_weights_kv_cache_and_overhead() -> None:
     """Each part is told, the total is their sum, and what stays promised is what fills later."""
-    parts = LoadNeed(weights_bytes=1000, kv_bytes=200, overhead_bytes=30, prefix_cache_bytes=4)
-    assert parts.total_bytes == 1234
-    assert parts.held_bytes == 204
+    parts = LoadNeed(weights_bytes=1000, kv_bytes=200, overhead_bytes=30, prefix_cache_bytes=4, buffer_bytes=50)
+    assert parts.total_bytes == 1284
+    assert parts.footprint_bytes == 1030
+    assert parts.held_bytes == 254
 
 
 def test_kv_reserve_is_one_full_sequence_of_a_small_cache() -> None:
@@ -159,6 +164,7 @@ def test_a_plan_carries_all_its_arithmetic() -> None:
         "kv_bytes": 6,
         "overhead_bytes": 3,
         "prefix_cache_bytes": 1,
+        "buffer_bytes": 0,
         "need_bytes": 30,
         "total_bytes": 100,
         "used_bytes": 60,
@@ -247,9 +253,71 @@ def test_need_takes_context_fraction_and_prefix_cache_from_the_settings() -> Non
 
 
 def test_the_system_probe_reads_this_machine() -> None:
-    """Total and used are plausible, the working set is what was injected, the moment is the clock's."""
+    """Total and used are plausible, the moment is the clock's; without Metal nobody asks what the workers hold."""
     clock = Clock()
-    reading = SystemProbe(working_set=lambda: 123, now=clock).read()
+    reading = SystemProbe(footprints=lambda: 2**60, now=clock).read()
     assert 0 < reading.used_bytes < reading.total_bytes
-    assert (reading.working_set_bytes, reading.at) == (123, clock.seconds)
-    assert SystemProbe().read().working_set_bytes is None
+    assert (reading.working_set_bytes, reading.at) == (None, clock.seconds)
+
+
+def test_on_metal_used_is_never_less_than_the_workers_hold() -> None:
+    """The GPU's buffers count whether or not the system shows them as used; the working set is the facts'."""
+    metal = MetalFacts("Apple M4 Pro", 48 * GIB, 8 * GIB)
+    assert SystemProbe(metal, lambda: 2**60).read().used_bytes == 2**60
+    reading = SystemProbe(metal, lambda: 1).read()
+    assert reading.used_bytes > 1
+    assert reading.working_set_bytes == 8 * GIB
+
+
+# -- the bounds of a worker -----------------------------------------------------------------------------
+
+
+def test_a_worker_is_bounded_by_its_need() -> None:
+    """MLX gets all of the need but the process; of that the buffers are for reuse, and the rest is wired on Metal."""
+    parts = LoadNeed(weights_bytes=1000, kv_bytes=200, overhead_bytes=30, prefix_cache_bytes=4, buffer_bytes=50)
+    options = parts.limit_worker(LoadOptions(max_running=3))
+    assert (options.max_running, options.kv_bytes) == (3, 200)
+    assert (options.memory_limit_bytes, options.cache_limit_bytes, options.wired_limit_bytes) == (1254, 50, None)
+    assert parts.limit_worker(LoadOptions(), 5000).wired_limit_bytes == 1204
+    assert parts.limit_worker(LoadOptions(), 700).wired_limit_bytes == 700
+
+
+@given(
+    parts=st.lists(st.tuples(*[st.integers(0, 2**40)] * 5), max_size=8),
+    working_set=st.none() | st.integers(0, 2**42),
+)
+def test_workers_bounds_together_are_under_what_they_need(
+    parts: list[tuple[int, ...]], working_set: int | None
+) -> None:
+    """Whatever fits under the cap together is bounded by MLX to less than that together."""
+    needs = [LoadNeed(*part) for part in parts]
+    options = [need.limit_worker(LoadOptions(), working_set) for need in needs]
+    assert sum(o.memory_limit_bytes or 0 for o in options) <= sum(need.total_bytes for need in needs)
+    assert all((o.cache_limit_bytes or 0) <= (o.memory_limit_bytes or 0) for o in options)
+    assert all(o.wired_limit_bytes is None or o.wired_limit_bytes <= (o.memory_limit_bytes or 0) for o in options)
+
+
+# -- overhead and buffers -------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_counts_by_its_vocabulary() -> None:
+    """A text model's entry costs more than an encoder's, which has no merges."""
+    text = overhead_bytes(model_files("a", vocab_size=50_000)) - overhead_bytes(model_files("a"))
+    encoder = overhead_bytes(model_files("a", model_type="bert", vocab_size=50_000)) - WORKER_OVERHEAD_BYTES
+    assert 30 * MIB < text < 50 * MIB
+    assert 0 < encoder < 10 * MIB
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param(model_files("a", 40, echo=None), 512 * MIB, id="large"),
+        pytest.param(model_files("a", 0.5, echo=None), GIB // 2 - WORKER_OVERHEAD_BYTES, id="as large as the model"),
+        pytest.param(model_files("a", 0.1, echo=None), 64 * MIB, id="small"),
+        pytest.param(model_files("a", 40, echo=None, model_type="bert"), 64 * MIB, id="encoder"),
+        pytest.param(model_files("a", 40), 0, id="without MLX"),
+    ],
+)
+def test_buffers_are_bounded_by_the_models_size(files: ModelFiles, expected: int) -> None:
+    """As much as the weights, within 64 and 512 MB; an encoder needs little, an echo model none."""
+    assert load_need(files, None, 0.0).buffer_bytes == expected

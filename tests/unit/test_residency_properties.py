@@ -20,7 +20,8 @@ from tests.fake_workers import GIB, House, Serving, model_files, run
 
 # Under a cap of 90 GiB a few fit together, one only alone, one never.
 MODELS = {
-    id: model_files(id, gib) for id, gib in {"small": 10, "medium": 25, "large": 40, "alone": 70, "never": 95}.items()
+    id: model_files(id, gib, echo=None)
+    for id, gib in {"small": 10, "medium": 25, "large": 40, "alone": 70, "never": 95}.items()
 }
 KV_RESERVE_FRACTION = 0.1
 
@@ -35,8 +36,9 @@ class History:
         self.callers: list[asyncio.Task[Any]] = []
         self.servings: list[Serving] = []
 
-    def lease(self, model_id: str) -> None:
-        self.callers.append(self.house.start(self.house.serve(MODELS[model_id])))
+    def lease(self, wish: tuple[str, float | None]) -> None:
+        model_id, ttl_seconds = wish
+        self.callers.append(self.house.start(self.house.serve(MODELS[model_id], ttl_seconds=ttl_seconds)))
 
     def end(self, which: int) -> None:
         if self.servings:
@@ -122,9 +124,11 @@ class History:
                 self.servings.append(caller.result())
 
     def check(self) -> None:
-        """The leases are the requests that run on living workers; no held model is being stopped."""
+        """The leases are the requests that run on living workers; no held model is being stopped; MLX is bounded."""
+        machine = self.house.machine
+        assert sum(worker.limit_bytes for worker in machine.workers) <= machine.limit_bytes
         serving = [serving.lease.model_id for serving in self.servings if serving.worker.alive]
-        stopping = {worker.model.id for worker in self.house.machine.workers if worker.stopping}
+        stopping = {worker.model.id for worker in machine.workers if worker.stopping}
         for model in self.house.residency.snapshot():
             assert model.leases == serving.count(model.id)
             assert model.id not in stopping or not (model.pinned or model.holds or model.leases)
@@ -153,11 +157,12 @@ def _steps(act: Callable[[History, Any], None], argument: st.SearchStrategy[Any]
 
 _MODEL = st.sampled_from(sorted(MODELS))
 _WHICH = st.integers(0, 5)
+_TTL = st.sampled_from([None, None, 20.0, 900.0])
 HISTORIES = st.lists(
     st.one_of(
         # Twice as likely as the rest: without leases nothing happens.
-        _steps(History.lease, _MODEL),
-        _steps(History.lease, _MODEL),
+        _steps(History.lease, st.tuples(_MODEL, _TTL)),
+        _steps(History.lease, st.tuples(_MODEL, _TTL)),
         _steps(History.end, _WHICH),
         _steps(History.end, _WHICH),
         _steps(History.leave, _WHICH),

@@ -114,3 +114,19 @@ async def test_only_what_stays_can_be_protected() -> None:
         await unload
         with pytest.raises(Conflict):
             house.residency.pin("a")
+
+
+async def test_a_reload_reaches_what_is_loaded_unless_a_caller_has_said_otherwise() -> None:
+    """Idle times and pins of the settings follow them; what a request asked for, and a pin by hand, stay."""
+    async with House(ModelsConfig(ttl_seconds=100)) as house:
+        (await house.serve(A)).end()
+        (await house.serve(B, ttl_seconds=50)).end()
+        house.residency.pin("b")
+        settings = ModelsConfig(ttl_seconds=70, per_model={"a": PerModel(pinned=True)})
+        house.residency.reconfigure(settings, auto_evict=True)
+        assert [(house.shown(id).ttl_seconds, house.shown(id).pinned) for id in "ab"] == [(70, True), (50, True)]
+        house.residency.reconfigure(ModelsConfig(ttl_seconds=70), auto_evict=True)
+        assert [house.shown(id).pinned for id in "ab"] == [False, True]
+        await house.advance(70)
+        assert [model.id for model in house.residency.snapshot()] == ["b"]
+        house.residency.unpin("b")

@@ -9,16 +9,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+import msgspec
 import psutil
 
 from opta_lmx.config import MemoryConfig
 from opta_lmx.errors import MemoryLimit
+from opta_lmx.manager.catalog import is_encoder
 from opta_lmx.manager.eviction import Resident, choose_victims, coming_bytes, waitable_bytes
+from opta_lmx.manager.metal import MetalFacts
 from opta_lmx.types import LoadOptions, MemoryProbe, MemoryReading, ModelFiles
 
-# A worker with MLX, mlx-lm, vllm-mlx and transformers imported and no model: about 110 MB RSS (Linux x86-64,
-# Python 3.11, MLX 0.32).
-WORKER_OVERHEAD_BYTES = 110 * 1024 * 1024
+# A worker with MLX, mlx-lm, vllm-mlx and transformers imported and the smallest of models loaded: a footprint
+# (``footprint.py``) of 57.5 MiB (Linux x86-64, Python 3.11, MLX 0.32; a Mac's has not been measured).
+WORKER_OVERHEAD_BYTES = 58 * 1024 * 1024
+
+# A text model's tokenizer, for each entry of the vocabulary: tokens and merges in tables of their own, twice, and as
+# Python strings. Measured: 860 bytes (SmolLM2, 49,152 entries), 680 (a made-up one of 150,000). An encoder's has no
+# merges: 190 bytes (MiniLM, 30,522 entries).
+_TOKENIZER_BYTES_PER_ENTRY = 850
+_ENCODER_BYTES_PER_ENTRY = 190
+
+# MLX keeps freed buffers for reuse, and a forward takes some of its own while it runs. A model needs no more than its
+# own size of them; without a bound they grow to the allocation limit and never return (vllm-mlx issue 793).
+MOST_BUFFER_BYTES = 512 * 1024 * 1024
+_LEAST_BUFFER_BYTES = 64 * 1024 * 1024
 
 # What a worker may use for KV before it has to ask; a tenth of a small model's weights would be used up by one prompt.
 SMALL_KV_BYTES = 64 * 1024 * 1024
@@ -31,25 +45,30 @@ READING_AGE_SECONDS = 0.2
 
 
 class SystemProbe:
-    """Reads this machine by psutil. ``working_set`` gives Metal's limit in bytes, None where there is no Metal."""
+    """Reads this machine by psutil; with ``metal`` it is a Mac whose GPU uses the same memory.
+
+    ``footprints`` gives what the workers hold together. It is asked on Metal only: there psutil may show a GPU's
+    buffers as available, while elsewhere its figure has the workers in it.
+    """
 
     def __init__(
         self,
-        working_set: Callable[[], int | None] = lambda: None,
+        metal: MetalFacts | None = None,
+        footprints: Callable[[], int] = lambda: 0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._working_set = working_set
+        self._metal = metal
+        self._footprints = footprints
         self._now = now
 
     def read(self) -> MemoryReading:
         """One look; takes some tens of microseconds."""
         memory = psutil.virtual_memory()
-        return MemoryReading(
-            total_bytes=memory.total,
-            used_bytes=memory.total - memory.available,
-            working_set_bytes=self._working_set(),
-            at=self._now(),
-        )
+        used, metal = memory.total - memory.available, self._metal
+        if metal is not None:
+            used = max(used, self._footprints())
+        working_set = None if metal is None else metal.working_set_bytes
+        return MemoryReading(memory.total, used, working_set, self._now())
 
 
 class Bound(StrEnum):
@@ -61,22 +80,49 @@ class Bound(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadNeed:
-    """What loading one model takes. ``held_bytes`` is the part that stays promised once the model is ready."""
+    """What loading one model takes. ``held_bytes`` is the part that stays promised once the model is ready.
+
+    ``overhead_bytes`` are the process and its tokenizer, ``buffer_bytes`` what MLX may take beside weights and caches.
+    """
 
     weights_bytes: int
     kv_bytes: int
     overhead_bytes: int
     prefix_cache_bytes: int = 0
+    buffer_bytes: int = 0
+
+    @property
+    def footprint_bytes(self) -> int:
+        """What the process holds once the model is ready: the part that can be measured then."""
+        return self.weights_bytes + self.overhead_bytes
 
     @property
     def total_bytes(self) -> int:
         """What must be free under the cap before the load may start."""
-        return self.weights_bytes + self.overhead_bytes + self.held_bytes
+        return self.footprint_bytes + self.held_bytes
 
     @property
     def held_bytes(self) -> int:
-        """KV and prefix cache: empty when the model is ready, so no reading shows them until requests fill them."""
-        return self.kv_bytes + self.prefix_cache_bytes
+        """KV, prefix cache, buffers: empty when the model is ready, so no reading shows them until requests fill them.
+
+        What requests have filled counts twice from then on, as promised and as used: the safe side.
+        """
+        return self.kv_bytes + self.prefix_cache_bytes + self.buffer_bytes
+
+    def limit_worker(self, options: LoadOptions, working_set_bytes: int | None = None) -> LoadOptions:
+        """The options with the bounds of the worker's MLX: all of the need but the process itself.
+
+        Workers' bounds together stay under the cap, because their needs do. Wired are weights and caches, and only
+        on Metal, whose working set is ``working_set_bytes``.
+        """
+        kept = self.weights_bytes + self.kv_bytes + self.prefix_cache_bytes
+        return msgspec.structs.replace(
+            options,
+            kv_bytes=self.kv_bytes,
+            memory_limit_bytes=kept + self.buffer_bytes,
+            cache_limit_bytes=self.buffer_bytes,
+            wired_limit_bytes=None if working_set_bytes is None else min(kept, working_set_bytes),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +199,7 @@ def load_need(
     sequence of ``context_length`` tokens (the model's own where None) but for at most ``kv_reserve_fraction`` of the
     weights: a 128k context would otherwise cost as much as the model and refuse what serves everyday prompts well.
     A small model gets SMALL_KV_BYTES of it in any case. Where the cache's shape or the context is unknown, it is that
-    fraction.
+    fraction. Weights and overhead together are within 5 % of the footprint of a model that has just been loaded.
     """
     weights = files.weights_bytes or files.size_bytes
     kv = int(weights * kv_reserve_fraction)
@@ -161,7 +207,22 @@ def load_need(
     if tokens and files.layers and files.kv_heads and files.head_dim:
         per_token = files.layers * files.kv_heads * files.head_dim * _KV_BYTES_PER_ELEMENT_PAIR
         kv = min(max(kv, SMALL_KV_BYTES), per_token * tokens)
-    return LoadNeed(weights, kv, WORKER_OVERHEAD_BYTES, prefix_cache_bytes)
+    return LoadNeed(weights, kv, overhead_bytes(files), prefix_cache_bytes, buffer_bytes(files))
+
+
+def overhead_bytes(files: ModelFiles) -> int:
+    """A worker's process and tokenizer."""
+    each = _ENCODER_BYTES_PER_ENTRY if is_encoder(files) else _TOKENIZER_BYTES_PER_ENTRY
+    return WORKER_OVERHEAD_BYTES + each * (files.vocab_size or 0)
+
+
+def buffer_bytes(files: ModelFiles) -> int:
+    """What MLX may keep of freed buffers, and a forward's own; an echo model has no MLX."""
+    if files.echo is not None:
+        return 0
+    if is_encoder(files):  # every batch has another shape, so buffers are seldom used again
+        return _LEAST_BUFFER_BYTES
+    return min(MOST_BUFFER_BYTES, max(_LEAST_BUFFER_BYTES, files.weights_bytes or files.size_bytes))
 
 
 def memory_limit(reading: MemoryReading, max_memory_percent: int) -> tuple[int, Bound]:
@@ -217,6 +278,10 @@ class MemoryMonitor:
         self._grown: dict[str, int] = {}
         self._reading: MemoryReading | None = None
         self._read_at = 0.0
+
+    def reconfigure(self, config: MemoryConfig) -> None:
+        """Take changed settings; what is promised stays promised, even above a lower cap."""
+        self._config = config
 
     def reading(self, max_age_seconds: float = READING_AGE_SECONDS) -> MemoryReading:
         """A look at the machine less than ``max_age_seconds`` old; 0 always looks again, as every decision must."""

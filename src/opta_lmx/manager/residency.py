@@ -1,8 +1,9 @@
 """The owner of loaded models: the only writer of their states, leases, pins and last use.
 
 Every decision is a synchronous method on the event loop, with no ``await`` between reading and writing. Loads and
-stops run as tasks that report back as exactly one event (``_load_ended``, ``_gone``), and after every event
-``_settle`` decides whatever can be decided now. What happens when two wishes meet:
+stops are carried out by ``processes.py``, as tasks that report back as exactly one event, and after every event
+``_settle`` decides whatever can be decided now. What happens when two wishes meet (docs/plans/ARCHITECTURE.md names
+the test of each):
 
 ========================================  ============================================================
 lease of a loading model                  joins that load: all its waiters get leases, or all its failure
@@ -27,18 +28,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from uuid import uuid4
 
 import anyio
 import msgspec
 
-from opta_lmx.config_models import ModelsConfig, PerModel
-from opta_lmx.errors import Conflict, Draining, InvalidRequest, LmxError, ModelLoading, ModelNotFound, WorkerLost
+from opta_lmx.config_models import ModelsConfig
+from opta_lmx.errors import Conflict, InvalidRequest, ModelLoading, ModelNotFound
+from opta_lmx.manager.changes import ModelChange
 from opta_lmx.manager.memory import LoadPlan, MemoryMonitor, Verdict, plan_load
-from opta_lmx.manager.resident import Hold, Lease, LoadResult, Process, Record, ResidentModel, UnloadResult, Waiter
+from opta_lmx.manager.processes import ModelProcesses, draining
+from opta_lmx.manager.resident import Hold, Lease, LoadResult, Record, ResidentModel, UnloadResult, Waiter
 from opta_lmx.monitoring.logging import get_logger
-from opta_lmx.types import LoadOptions, ModelFiles, ModelState, SpawnWorker, TaskStarter, Worker, WorkerExit
+from opta_lmx.types import LoadOptions, ModelFiles, ModelState, SpawnWorker, TaskStarter
 
 __all__ = ["Lease", "LoadResult", "Residency", "ResidentModel", "UnloadResult"]
 
@@ -62,11 +64,23 @@ class Residency:
     # How long a worker may take to end by itself before it is signalled; it has no request left to finish.
     stop_grace_seconds: float = 5.0
     new_id: Callable[[], str] = lambda: uuid4().hex
-    on_stop: Callable[[str, str], None] = lambda model_id, cause: None  # told of every stop, as the log is
+    on_change: Callable[[ModelChange], None] = lambda change: None  # told of every change of a model's state
     _records: dict[str, Record] = field(init=False, repr=False, default_factory=dict)
     _kept_out: set[str] = field(init=False, repr=False, default_factory=set)
     _numbers: Iterator[int] = field(init=False, repr=False, default_factory=itertools.count)
-    _closing: bool = field(init=False, repr=False, default=False)
+    _processes: ModelProcesses = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._processes = ModelProcesses(
+            memory=self.memory,
+            spawn=self.spawn,
+            tasks=self.tasks,
+            idle_time=lambda record: record.idle_time(self.config),
+            settle=self._settle,
+            now=self.now,
+            wall=self.wall,
+            stop_grace_seconds=self.stop_grace_seconds,
+        )
 
     async def lease(self, files: ModelFiles, *, ttl_seconds: float | None = None, may_load: bool = True) -> Lease:
         """A hold on the model, loading it first if need be.
@@ -86,9 +100,15 @@ class Residency:
     async def load(self, files: ModelFiles, *, ttl_seconds: float | None = None) -> LoadResult:
         """Have the model in memory; joins a load in flight. Raises as ``lease`` does."""
         started = self.now()
-        lease = await self._acquire(files, ttl_seconds)
-        lease.release()
+        (await self._acquire(files, ttl_seconds)).release()
         return LoadResult(files.id, self.memory.reading(0).used_bytes, self.now() - started)
+
+    def reconfigure(self, config: ModelsConfig, *, auto_evict: bool) -> None:
+        """Take changed settings; idle times and pins also of models in memory, where no caller has said otherwise."""
+        for record in self._records.values():
+            record.reconfigure(self.config, config)
+        self.config, self.auto_evict = config, auto_evict
+        self._settle()
 
     async def unload(self, model_id: str, *, force: bool = False) -> UnloadResult:
         """Stop the model once its leases have ended, and wait until its process has gone.
@@ -175,7 +195,7 @@ class Residency:
         for record in self._records.values():
             record.end_holds(now)
             if record.expired(now):
-                self._begin_stop(record, "expired")
+                self._processes.begin_stop(record, "expired")
         self._settle()
         for record in self._records.values():
             if record.queued:
@@ -194,13 +214,13 @@ class Residency:
         Goes on where its caller is cancelled. Bounded by what a stop may take: the grace before the first signal,
         as much before the last, and a second to be reaped.
         """
-        self._closing = True
+        self._processes.closing = True
         with anyio.move_on_after(2 * self.stop_grace_seconds + 1, shield=True):
             async with anyio.create_task_group() as group:
                 for record in self._records.values():
-                    record.fail_waiters(_draining())
+                    record.fail_waiters(draining())
                     if record.process is not None:
-                        group.start_soon(self._close_one, record, record.process)
+                        group.start_soon(self._processes.close_one, record, record.process)
 
     def check(self) -> None:
         """Raises AssertionError if records and ledger contradict each other."""
@@ -210,16 +230,15 @@ class Residency:
         assert self.memory.reserved_bytes == owned, "a reservation has no owner"
 
     async def _acquire(self, files: ModelFiles, ttl_seconds: float | None) -> Lease:
-        if self._closing:
-            raise _draining()
+        if self._processes.closing:
+            raise draining()
         if files.id in self._kept_out:
             raise Conflict(f"The files of {files.id!r} are being changed.")
         record = self._records.get(files.id)
         if record is None:
-            own = self.config.per_model.get(files.id, PerModel())
-            record = self._records[files.id] = Record(files, pinned=own.pinned)
+            record = self._records[files.id] = Record.of(files, self.config, self.on_change)
         if record.state is ModelState.READY and not record.unloads:
-            return self._grant(record)
+            return self._processes.grant(record)
         record.files = files
         granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         deadline = self.now() + self.room_wait_seconds
@@ -234,20 +253,6 @@ class Residency:
             self._settle()
             raise
 
-    def _grant(self, record: Record) -> Lease:
-        process = record.process
-        assert process is not None
-        assert process.worker is not None
-        process.leases += 1
-        record.last_used = self.now()
-        return Lease(record.id, process.worker, partial(self._give_back, record, process))
-
-    def _give_back(self, record: Record, process: Process) -> None:
-        process.leases -= 1
-        if record.process is process:
-            record.last_used = self.now()
-            self._settle()
-
     def _settle(self) -> None:
         """Decide whatever can be decided now.
 
@@ -261,10 +266,10 @@ class Residency:
             if record.state is not ModelState.READY or process is None:
                 continue
             if record.unloads and process.leases == 0:  # 2
-                self._begin_stop(record, "unloaded")
+                self._processes.begin_stop(record, "unloaded")
             elif not record.unloads:  # 3
-                self._grant_waiters(record)
-        if self._closing:
+                self._processes.grant_waiters(record)
+        if self._processes.closing:
             return
         for record in sorted((r for r in self._records.values() if r.queued), key=lambda r: r.waiters[0].number):  # 4
             if not self._start_or_refuse(record):
@@ -275,11 +280,11 @@ class Residency:
         options = self.options(record.files)
         plan = self._plan(record.files, options)
         if plan.verdict is Verdict.FITS:
-            self._begin_load(record, options, plan)
+            self._processes.begin_load(record, options, plan)
         elif plan.verdict is Verdict.FITS_AFTER_EVICTION:
             _log.info("eviction_chosen", **plan.as_dict())
             for victim in plan.would_evict:
-                self._begin_stop(self._records[victim], "evicted")
+                self._processes.begin_stop(self._records[victim], "evicted")
         elif plan.verdict is Verdict.DOES_NOT_FIT:
             _log.warning("load_refused", **plan.as_dict())
             record.fail_waiters(plan.refusal())
@@ -299,102 +304,3 @@ class Residency:
         if record.unloads:
             raise Conflict(f"{model_id!r} is being unloaded.")
         return record
-
-    def _begin_load(self, record: Record, options: LoadOptions, plan: LoadPlan) -> None:
-        _log.info("load_started", **plan.as_dict())
-        # Absent with a reason: its worker has died.
-        record.restarts += record.state is ModelState.ABSENT and record.reason is not None
-        record.state, record.process = ModelState.LOADING, Process(plan.need)
-        self.memory.reserve(record.id, plan.need.total_bytes)
-        reloaded = record.request_count > 0
-        options = msgspec.structs.replace(options, kv_bytes=plan.need.kv_bytes, reloaded=reloaded)
-        self.tasks.start_soon(self._run_load, record, record.process, options)
-
-    async def _run_load(self, record: Record, process: Process, options: LoadOptions) -> None:
-        outcome: Worker | LmxError = _draining()
-        started = self.now()
-        try:
-            with anyio.CancelScope() as process.scope:
-                if not self._closing:
-                    try:
-                        outcome = await self.spawn(record.files, options, partial(self._exited, record, process))
-                    except LmxError as error:
-                        outcome = error
-        finally:
-            self._load_ended(record, process, outcome, self.now() - started)
-
-    def _load_ended(self, record: Record, process: Process, outcome: Worker | LmxError, seconds: float) -> None:
-        """The one event of a load."""
-        if not isinstance(outcome, LmxError) and process.last_words is not None:
-            outcome = WorkerLost(record.id, process.last_words)
-        if isinstance(outcome, LmxError):
-            _log.warning("load_failed", model=record.id, seconds=seconds, reason=str(outcome))
-            record.state, record.process, record.reason = ModelState.FAILED, None, str(outcome)
-            self.memory.release(record.id)
-            record.fail_waiters(outcome)
-            record.answer_unloads(0)
-        else:
-            record.forget_leavers()
-            record.state, record.reason, record.last_used = ModelState.READY, None, self.now()
-            process.worker, process.loaded_at, process.ttl_seconds = outcome, self.wall(), self._ttl(record)
-            # The weights are footprint now, which every reading shows; KV and prefix cache have still to be filled.
-            self.memory.reserve(record.id, process.need.held_bytes)
-            outcome.govern_kv(partial(self.memory.grow_kv, record.id, process.need.kv_bytes))
-            process.used_before_bytes = self.memory.reading(0).used_bytes
-            _log.info("model_loaded", model=record.id, pid=outcome.pid, seconds=seconds)
-            self._grant_waiters(record)
-        process.load_ended.set()
-        self._settle()
-
-    def _ttl(self, record: Record) -> float | None:
-        asked = record.waiters[0].ttl_seconds if record.waiters else None
-        own = self.config.per_model.get(record.id, PerModel()).ttl_seconds
-        return next((ttl for ttl in (asked, own) if ttl is not None), self.config.ttl_seconds)
-
-    def _grant_waiters(self, record: Record) -> None:
-        for waiter in record.waiters:
-            waiter.granted.set_result(self._grant(record))
-        record.waiters = []
-
-    def _begin_stop(self, record: Record, cause: str) -> None:
-        process = record.process
-        assert process is not None
-        self.on_stop(record.id, cause)
-        _log.info("stop_started", model=record.id, cause=cause, idle_seconds=self.now() - record.last_used)
-        record.state = ModelState.STOPPING
-        process.used_before_bytes = self.memory.reading(0).used_bytes
-        self.tasks.start_soon(self._run_stop, record, process)
-
-    async def _run_stop(self, record: Record, process: Process) -> None:
-        if process.worker is not None:
-            await process.worker.stop(self.stop_grace_seconds)
-        self._gone(record, process)
-
-    async def _close_one(self, record: Record, process: Process) -> None:
-        if process.scope is not None:
-            process.scope.cancel()
-        if process.worker is None:
-            await process.load_ended.wait()
-        await self._run_stop(record, process)
-
-    def _exited(self, record: Record, process: Process, exit: WorkerExit) -> None:
-        """A worker has ended; where its load still runs or its stop was asked for, another event follows."""
-        process.exit = exit
-        if record.process is process and record.state is ModelState.READY and not exit.expected:
-            _log.error("worker_lost", model=record.id, pid=exit.pid, leases=process.leases, reason=process.last_words)
-            self._gone(record, process, process.last_words)
-
-    def _gone(self, record: Record, process: Process, reason: str | None = None) -> None:
-        """The one event that ends a life in memory: the process has been reaped."""
-        if record.process is not process:
-            return
-        record.state, record.process, record.reason = ModelState.ABSENT, None, reason
-        self.memory.release(record.id)
-        freed = max(0, process.used_before_bytes - self.memory.reading(0).used_bytes)
-        _log.info("model_unloaded", model=record.id, freed_bytes=freed)
-        record.answer_unloads(freed)
-        self._settle()
-
-
-def _draining() -> Draining:
-    return Draining("The server is shutting down.")

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 import anyio
 
+from opta_lmx.config_models import ModelsConfig, PerModel
 from opta_lmx.errors import LmxError
+from opta_lmx.manager.changes import ModelChange
 from opta_lmx.manager.eviction import Resident
 from opta_lmx.manager.memory import LoadNeed
 from opta_lmx.types import ModelFacts, ModelFiles, ModelState, Worker, WorkerExit
@@ -131,6 +133,15 @@ class Process:
         return None if self.exit is None else str(self.exit)
 
 
+def _own(config: ModelsConfig, model_id: str) -> PerModel:
+    return config.per_model.get(model_id, PerModel())
+
+
+def _configured_ttl(config: ModelsConfig, model_id: str) -> float | None:
+    ttl = _own(config, model_id).ttl_seconds
+    return config.ttl_seconds if ttl is None else ttl
+
+
 @dataclass(slots=True, eq=False)
 class Record:
     """All that is known of one model id; ``process`` is set while it is in memory."""
@@ -146,6 +157,12 @@ class Record:
     request_count: int = 0
     restarts: int = 0
     reason: str | None = None
+    on_change: Callable[[ModelChange], None] = lambda change: None
+
+    @classmethod
+    def of(cls, files: ModelFiles, config: ModelsConfig, on_change: Callable[[ModelChange], None]) -> "Record":
+        """A model that was never in memory, pinned if the settings say so."""
+        return cls(files, pinned=_own(config, files.id).pinned, on_change=on_change)
 
     @property
     def id(self) -> str:
@@ -157,6 +174,11 @@ class Record:
         """Why it may be neither evicted nor expired, in words; None if it may."""
         owners = sorted({hold.owner for hold in self.holds.values()})
         return "pinned" if self.pinned else f"leased by {', '.join(owners)}" if owners else None
+
+    def become(self, state: ModelState, process: Process | None, reason: str | None, cause: str | None = None) -> None:
+        """The only way to a new state; whoever watches is told. ``cause`` is what a stop was decided for."""
+        self.state, self.process, self.reason = state, process, reason
+        self.on_change(ModelChange(self.id, state, reason, cause))
 
     @property
     def queued(self) -> bool:
@@ -175,6 +197,18 @@ class Record:
             protected=self.protection is not None,
             grown_bytes=grown_bytes,
         )
+
+    def reconfigure(self, old: ModelsConfig, new: ModelsConfig) -> None:
+        """Take changed settings of this model, where no caller has said otherwise."""
+        if _own(old, self.id).pinned != _own(new, self.id).pinned:
+            self.pinned = _own(new, self.id).pinned
+        if self.process is not None and self.process.ttl_seconds == _configured_ttl(old, self.id):
+            self.process.ttl_seconds = _configured_ttl(new, self.id)
+
+    def idle_time(self, config: ModelsConfig) -> float | None:
+        """Idle seconds before it is unloaded: its first waiter's wish, else the settings'; None: never."""
+        asked = self.waiters[0].ttl_seconds if self.waiters else None
+        return _configured_ttl(config, self.id) if asked is None else asked
 
     def end_holds(self, now: float) -> None:
         """End the holds whose time is up, which counts as use."""

@@ -50,6 +50,11 @@ class KvBooks:
         return self._granted is None or need_bytes <= self._granted
 
     @property
+    def granted_bytes(self) -> int | None:
+        """What the caches may take now; None has no bound."""
+        return self._granted
+
+    @property
     def waiting(self) -> bool:
         """True between a question and its answer."""
         return self._asked is not None

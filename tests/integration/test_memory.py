@@ -1,0 +1,84 @@
+"""What the ledger counts is what a real worker holds; what an unload frees has really come back."""
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from opta_lmx.manager.footprint import footprint_bytes
+from opta_lmx.types import EchoOptions
+from tests.footprints import HEADER, measure_all
+from tests.integration.conftest import RunningServer, StartServer
+
+# Of the footprint, either way.
+MOST_ERROR = 0.05
+
+# Sixteen hidden squared a layer: 4 Mi numbers of float16 each.
+_HIDDEN, _LAYERS = 512, 8
+
+
+def _build(models: Path) -> None:
+    from tests.tiny_models import build_sized_model, build_tiny_model
+
+    build_tiny_model(models / "tiny", "llama")
+    build_sized_model(models / "64mb", _HIDDEN, _LAYERS)
+    build_sized_model(models / "64mb-8bit-sharded", _HIDDEN, _LAYERS, bits=8, shards=3)
+    build_sized_model(models / "128mb-4bit", 2 * _HIDDEN, _LAYERS, bits=4)
+
+
+@pytest.mark.mlx
+@pytest.mark.timeout(150)
+async def test_the_estimate_is_within_5_percent_of_the_footprint(tmp_path: Path) -> None:
+    """Weights and overhead, known before a tensor is read, against a real worker's footprint once it is ready.
+
+    Plain, quantised and sharded models, the starter with its vocabulary of 49,152, and a real encoder.
+    """
+    _build(tmp_path)
+    table = await measure_all(tmp_path, serve=False)
+    assert len(table) == 6
+    assert all(abs(row.error) <= MOST_ERROR for row in table), "\n".join([HEADER, *map(str, table)])
+
+
+@pytest.mark.mlx
+def test_an_unload_returns_the_footprint_within_a_second(server: StartServer, tmp_path: Path) -> None:
+    """The answer comes when the process has gone, and with it at least 99 % of what it held."""
+    from tests.tiny_models import build_sized_model
+
+    lmx = server({"sized": build_sized_model(tmp_path / "sized", _HIDDEN, _LAYERS)})
+    with lmx.client() as client:
+        client.post("/admin/models/load", json={"model_id": "sized"}).raise_for_status()
+        (worker,) = lmx.children()
+        held = footprint_bytes(worker.pid)
+        assert held > 64 * 1024**2
+        started = time.monotonic()
+        client.post("/admin/models/unload", json={"model_id": "sized"}).raise_for_status()
+        seconds = time.monotonic() - started
+        assert not worker.is_running()
+        assert footprint_bytes(worker.pid) <= held // 100
+        assert seconds <= 1.0
+
+
+def cycle(lmx: RunningServer, model_id: str, times: int) -> None:
+    """Load and unload a model so often."""
+    with lmx.client() as client:
+        for _ in range(times):
+            client.post("/admin/models/load", json={"model_id": model_id}).raise_for_status()
+            client.post("/admin/models/unload", json={"model_id": model_id}).raise_for_status()
+
+
+def holdings(lmx: RunningServer) -> tuple[int, int, int]:
+    """File descriptors but those of connections, threads and children of the server."""
+    process = psutil.Process(lmx.pid)
+    connections = len(process.net_connections("tcp"))
+    return process.num_fds() - connections, process.num_threads(), len(process.children())
+
+
+def test_loads_and_unloads_leave_nothing_behind(server: StartServer) -> None:
+    """Ten lives of a model cost the server no descriptor, no thread, no child and no memory worth the name."""
+    lmx = server({"echo": EchoOptions()})
+    cycle(lmx, "echo", 2)  # what is made once and kept
+    before, resident = holdings(lmx), psutil.Process(lmx.pid).memory_info().rss
+    cycle(lmx, "echo", 10)
+    assert holdings(lmx) == before
+    assert psutil.Process(lmx.pid).memory_info().rss - resident < 2 * 1024**2
