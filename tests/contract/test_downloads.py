@@ -69,8 +69,9 @@ async def test_cancel(client: httpx.AsyncClient, world: World) -> None:
 async def test_an_unknown_download(client: httpx.AsyncClient, method: str, tail: str) -> None:
     """404, in the shape of an error, before any event."""
     response = await client.request(method, f"{URL}/nobody{tail}")
-    assert response.status_code == 404
-    assert f"{URL}/nobody{tail}" in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (404, "download_not_found", "download_id")
+    assert "'nobody'" in error["message"]
 
 
 @pytest.mark.parametrize(

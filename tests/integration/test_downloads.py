@@ -78,16 +78,21 @@ class Place:
     free_bytes: Callable[[Path], int] = lambda _: 10**12
     patience: Patience = field(default_factory=lambda: Patience(5, attempts=3, first_pause_seconds=0.01))
     max_parallel: int = 2
+    token_file: str | None = None
 
     @asynccontextmanager
-    async def manager(self) -> AsyncIterator[tuple[DownloadManager, ModelManager]]:
+    async def manager(
+        self, on_change: Callable[[Download], None] = lambda download: None
+    ) -> AsyncIterator[tuple[DownloadManager, ModelManager]]:
         """A manager as of a server that has just started; at the end its downloads are cut off."""
         models = ModelManager(ModelsConfig(models_directory=str(self.root), starter=False))
-        config = DownloadsConfig(endpoint=self.endpoint or self.hub.url, max_parallel=self.max_parallel)
+        config = DownloadsConfig(
+            endpoint=self.endpoint or self.hub.url, max_parallel=self.max_parallel, token_file=self.token_file
+        )
         machine = Machine(environ=self.environ, free_bytes=self.free_bytes, patience=self.patience)
         with anyio.fail_after(BOUND):
             async with anyio.create_task_group() as tasks:
-                yield DownloadManager(config, self.root, models, tasks, machine), models
+                yield DownloadManager(config, self.root, models, tasks, machine, on_change=on_change), models
                 tasks.cancel_scope.cancel()
 
     async def pull(self, repo_id: str = REPO, revision: str | None = None, *patterns: str) -> Download:

@@ -202,6 +202,11 @@ def test_echo_models_are_data_alone(root: Path) -> None:
 INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
 
 
+def shards(shard: object) -> dict[str, Any]:
+    """An index whose one tensor is in ``shard``."""
+    return {"weight_map": {"a": shard}}
+
+
 @pytest.mark.parametrize(
     ("files", "problem"),
     [
@@ -215,6 +220,15 @@ INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-000
         ({"config.json": CONFIG | {"model_type": 7}}, "config.json names no model_type"),
         ({"config.json": CONFIG | {"model_file": "x.py"}}, "config.json names code to run (model_file)"),
         ({"config.json": CONFIG | {"auto_map": {"AutoModel": "x.Y"}}}, "config.json needs code of its own (auto_map)"),
+        ({"config.json": CONFIG | {"trust_remote_code": True}}, "config.json asks for code to be trusted"),
+        ({"config.json": b'{"model_file": null, "model_type": "llama", "model_file": "x.py"}'}, "names code to run"),
+        ({"config.json": CONFIG | {"model_type": "../evil"}}, "config.json names no model_type"),
+        ({"config.json": CONFIG | {"model_type": "os.path"}}, "config.json names no model_type"),
+        ({"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["x.Y", None]}}}, "tokenizer_config.json needs code"),
+        ({"tokenizer_config.json": {"trust_remote_code": True}}, "tokenizer_config.json asks for code to be trusted"),
+        ({"tokenizer_config.json": b"[" * 100_000}, "tokenizer_config.json is not JSON"),
+        ({"modules.json": [{"type": "Pooling", "path": "../../etc"}]}, "modules.json names a path that leaves"),
+        ({"modules.json": [{"type": "Pooling", "path": "/etc"}]}, "modules.json names a path that leaves"),
         ({"model.safetensors": None}, "it has no weights"),
         ({"model.safetensors": None, "pytorch_model.bin": b"\x80"}, "its weights are pickled (pytorch_model.bin)"),
         ({"model.safetensors": None, "weights.safetensors": WEIGHTS}, "its weights are called weights.safetensors"),
@@ -223,6 +237,11 @@ INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-000
         ({"model.safetensors": save({})}, "its weights hold no tensors"),
         ({"model.safetensors.index.json": INDEX}, "model-00001-of-00002.safetensors is missing"),
         ({"model.safetensors.index.json": {}}, "has no weight_map"),
+        ({"model.safetensors.index.json": shards("../../x.safetensors")}, "a path that leaves the model ('../../x"),
+        ({"model.safetensors.index.json": shards("/etc/passwd")}, "a path that leaves the model ('/etc/passwd')"),
+        ({"model.safetensors.index.json": shards("a\\..\\x.safetensors")}, "a path that leaves the model"),
+        ({"model.safetensors.index.json": shards("x" * 1_000_000)}, f"{'x' * 100} is missing"),
+        ({"model.safetensors.index.json": shards(["x"])}, "['x'] is missing"),
         ({"echo.json": {"token_seconds": "slow"}}, "echo.json is not understood"),
         ({"config.json": None, "model.safetensors": None, "a.gguf": b"", "b.gguf": b""}, "it holds 2 GGUF files"),
         ({"config.json": None, "model.safetensors": None, "a.gguf": b"GGML"}, "a.gguf: it is not a GGUF file"),
@@ -307,8 +326,8 @@ def test_a_gguf_directory_is_listed_by_its_header(root: Path) -> None:
 
 def test_a_gguf_that_cannot_be_imported_says_why(root: Path) -> None:
     """The refusal of the header stands in the listing, so that nobody waits for an import that must fail."""
-    put_gguf(root / "m", {"llama.expert_count": 8})
-    assert found(root, "m").problem == "model.gguf: mixture-of-experts models are not supported"
+    put_gguf(root / "m", {"split.count": 3})
+    assert found(root, "m").problem == "model.gguf: it is one part of a model that was split over several files"
 
 
 def test_safetensors_win_over_a_gguf_beside_them(root: Path) -> None:

@@ -148,6 +148,34 @@ def test_aliases_that_can_never_work_are_refused(aliases: dict[str, str], reason
     assert caught.value.key == f"models.aliases.{next(iter(aliases))}"
 
 
+@pytest.mark.parametrize(
+    ("aliases", "presets", "key", "reason"),
+    [
+        ({}, {"../x": "small"}, "presets.../x", "cannot be the name"),
+        ({}, {"x": "small*"}, "presets.x", "the name of one model"),
+        ({}, {"x": "/etc/small"}, "presets.x", "the name of one model"),
+        ({}, {"x*": "small"}, "presets.x*", "only aliases can be patterns"),
+        ({}, {"x": "x"}, "presets.x", "circle: x -> x"),
+        ({"y": "x"}, {"x": "y"}, "aliases.y", "circle: y -> x -> y"),
+        ({"x": "tiny"}, {"x": "small"}, "aliases.x", "a preset too"),
+    ],
+)
+def test_presets_that_can_never_work_are_refused(
+    aliases: dict[str, str], presets: dict[str, str], key: str, reason: str
+) -> None:
+    """As aliases are; and names that hide each other, because one of them would do nothing."""
+    with pytest.raises(ConfigError, match=reason) as caught:
+        check_aliases(aliases, presets)
+    assert caught.value.key == f"models.{key}"
+
+
+def test_what_is_written_in_another_script_is_another_name() -> None:
+    """Letters that look alike are not alike: the id is not found by them, and a glob takes them as it takes any."""
+    for name in ("\uff53mall", "sm\u0430ll", "small\u0301", "\ufb01le"):
+        with pytest.raises(ModelNotFound):
+            resolve(name, [*KNOWN, "file"], {"smallest": "small", "sm*t": "tiny"})
+
+
 def test_aliases_that_can_work_are_taken() -> None:
     """Also one whose target matches a glob, since the target may be an id."""
-    check_aliases({"gpt-4*": "gpt-4-local", "chat": "gpt-4", "fast": "chat", "org/x": "small"})
+    check_aliases({"gpt-4*": "gpt-4-local", "chat": "gpt-4", "fast": "chat", "org/x": "small"}, {"terse": "fast"})

@@ -5,6 +5,8 @@ Nothing here raises for a bad model: it gets a ``problem``, one clause that a re
 
 import json
 import os
+import re
+import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,6 +24,22 @@ _MAX_JSON_BYTES = 8 * 1024 * 1024
 
 # An index names every tensor of a model: 9 MB for the largest published ones.
 _MAX_INDEX_BYTES = 16 * 1024 * 1024
+
+# What the loader reads whole. The largest published tokenizers have 35 MB.
+_MAX_LOADED_JSON_BYTES = 256 * 1024 * 1024
+
+# Keys by which a file asks for code of its own to be run, and what each means.
+_CODE_KEYS = {
+    "model_file": "names code to run",
+    "auto_map": "needs code of its own",
+    "trust_remote_code": "asks for code to be trusted",
+}
+
+# The longest part of a foreign text in a problem.
+_SHOWN_CHARACTERS = 100
+
+# No file has a name of more than 255.
+_MAX_NAME_CHARACTERS = 256
 
 # Turns a directory into an echo model (types.EchoOptions), for tests and dry runs.
 ECHO_NAME = "echo.json"
@@ -49,16 +67,20 @@ Entries: TypeAlias = Mapping[str, os.stat_result]
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A directory's own files and folders, hidden ones left out; ``outside`` are links that leave the root."""
+    """A directory's own files and folders, hidden ones left out.
+
+    ``outside`` are links that leave the root, ``special`` what is neither file nor folder: pipes, sockets, devices.
+    """
 
     files: Entries
     folders: tuple[str, ...]
     outside: tuple[str, ...]
+    special: tuple[str, ...] = ()
 
     @property
     def looks_like_model(self) -> bool:
         """True if the files' names say that this is a model, or was meant to be one."""
-        return any(name.endswith(_MARKS) for name in (*self.files, *self.outside))
+        return any(name.endswith(_MARKS) for name in (*self.files, *self.outside, *self.special))
 
     @property
     def ggufs(self) -> tuple[str, ...]:
@@ -71,7 +93,7 @@ class Listing:
     def fingerprint(self) -> tuple[object, ...]:
         """Differs after any change of the directory that ``describe`` could notice."""
         states = ((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in self.files.items())
-        return (*sorted(states), *self.outside)
+        return (*sorted(states), self.outside, self.special)
 
 
 def list_directory(directory: Path, root: Path) -> Listing:
@@ -79,6 +101,7 @@ def list_directory(directory: Path, root: Path) -> Listing:
     files: dict[str, os.stat_result] = {}
     folders: list[str] = []
     outside: list[str] = []
+    special: list[str] = []
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.name.startswith(".") or not entry.name.isprintable():
@@ -89,9 +112,11 @@ def list_directory(directory: Path, root: Path) -> Listing:
                     outside.append(entry.name)
                 elif entry.is_dir():
                     folders.append(entry.name)
-                elif entry.is_file():
-                    files[entry.name] = entry.stat()
-    return Listing(files, tuple(sorted(folders)), tuple(sorted(outside)))
+                elif stat.S_ISREG((status := entry.stat()).st_mode):
+                    files[entry.name] = status
+                else:
+                    special.append(entry.name)
+    return Listing(files, tuple(sorted(folders)), tuple(sorted(outside)), tuple(sorted(special)))
 
 
 class _Problem(Exception):
@@ -105,6 +130,9 @@ def describe(model_id: str, directory: Path, listing: Listing) -> ModelFiles:
     try:
         if listing.outside:
             raise _Problem(f"{listing.outside[0]} is a link that leaves the models directory")
+        if listing.special:
+            # Whoever opens a pipe waits for its writer.
+            raise _Problem(f"{listing.special[0]} is neither a file nor a folder")
         if ECHO_NAME in listing.files:
             return _with_echo(files, directory / ECHO_NAME)
         if len(listing.ggufs) > 1:
@@ -176,9 +204,8 @@ def _with_config(files: ModelFiles, directory: Path, entries: Entries) -> ModelF
         raise _Problem("it has no config.json")
     config = _read_object(directory / "config.json", _MAX_JSON_BYTES)
     files = _with_sizes(files, config)
-    for key, meaning in (("model_file", "names code to run"), ("auto_map", "needs code of its own")):
-        if config.get(key) is not None:
-            raise _Problem(f"config.json {meaning} ({key}), and only data is loaded")
+    _refuse_code("config.json", config)
+    _check_others(directory, entries)
     if files.model_type is None:
         raise _Problem("config.json names no model_type")
     bytes_by_dtype = _weights(directory, entries)
@@ -190,6 +217,32 @@ def _with_config(files: ModelFiles, directory: Path, entries: Entries) -> ModelF
     )
 
 
+def _refuse_code(name: str, config: JsonObject) -> None:
+    for key, meaning in _CODE_KEYS.items():
+        if config.get(key) not in (None, False):
+            raise _Problem(f"{name} {meaning} ({key}), and only data is loaded")
+
+
+def _check_others(directory: Path, entries: Entries) -> None:
+    """What the loader reads beside config.json."""
+    for name, status in entries.items():
+        if name.endswith(".json") and status.st_size > _MAX_LOADED_JSON_BYTES:
+            raise _Problem(f"{name} is larger than {_MAX_LOADED_JSON_BYTES:,} bytes")
+    if "tokenizer_config.json" in entries:
+        _refuse_code("tokenizer_config.json", _read_object(directory / "tokenizer_config.json", _MAX_INDEX_BYTES))
+    if "modules.json" in entries:
+        modules = _read_json(directory / "modules.json", _MAX_JSON_BYTES)
+        for module in modules if isinstance(modules, list) else ():
+            path = module.get("path") if isinstance(module, dict) else None
+            if isinstance(path, str) and not _stays_inside(path):
+                raise _Problem(f"modules.json names a path that leaves the model ({path[:_SHOWN_CHARACTERS]!r})")
+
+
+def _stays_inside(path: str) -> bool:
+    parts = path.replace("\\", "/").split("/")
+    return not path.startswith(("/", "\\")) and ".." not in parts
+
+
 def _with_sizes(files: ModelFiles, config: JsonObject) -> ModelFiles:
     """From config.json, where the language model of a larger whole has a section of its own."""
     inner = config.get("text_config")
@@ -199,11 +252,13 @@ def _with_sizes(files: ModelFiles, config: JsonObject) -> ModelFiles:
     model_type = config.get("model_type")
     return replace(
         files,
-        model_type=model_type if isinstance(model_type, str) and model_type else None,
+        # It becomes the name of a module of the library; the library's own have no other characters.
+        model_type=model_type if isinstance(model_type, str) and re.fullmatch(r"[\w-]{1,64}", model_type) else None,
         context_length=_number(sections, _CONTEXT_KEYS),
         layers=_number(sections, ("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
         kv_heads=_number(sections, ("num_key_value_heads", "n_kv_heads")) or heads,
         head_dim=_number(sections, ("head_dim",)) or (width // heads if width and heads else None),
+        vocab_size=_number(sections, ("vocab_size",)),
     )
 
 
@@ -262,16 +317,23 @@ def _check_index(directory: Path, entries: Entries) -> None:
     shards = _read_object(directory / name, _MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(shards, dict):
         raise _Problem(f"{name} has no weight_map")
-    missing = sorted({str(shard) for shard in shards.values()} - entries.keys())
-    if missing:
-        raise _Problem(f"{missing[0]} is missing")
+    for shard in sorted({str(shard)[:_MAX_NAME_CHARACTERS] for shard in shards.values()}):
+        shown = shard[:_SHOWN_CHARACTERS]
+        if not _stays_inside(shard):
+            raise _Problem(f"{name} names a path that leaves the model ({shown!r})")
+        if shard not in entries:
+            raise _Problem(f"{shown if shown.isprintable() else repr(shown)} is missing")
+
+
+def _read_json(path: Path, limit: int) -> Any:
+    try:
+        return json.loads(_read(path, limit))
+    except (ValueError, RecursionError) as error:
+        raise _Problem(f"{path.name} is not JSON ({error})") from error
 
 
 def _read_object(path: Path, limit: int) -> JsonObject:
-    try:
-        value = json.loads(_read(path, limit))
-    except (ValueError, RecursionError) as error:
-        raise _Problem(f"{path.name} is not JSON ({error})") from error
+    value = _read_json(path, limit)
     if not isinstance(value, dict):
         raise _Problem(f"{path.name} is not a JSON object")
     return value

@@ -35,6 +35,7 @@ from opta_lmx.manager.hub import (
     Report,
     check_wish,
 )
+from opta_lmx.manager.hub_token import find_token
 from opta_lmx.manager.integrity import ModelRecord, ModelsLock
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.monitoring.logging import get_logger
@@ -76,6 +77,8 @@ class DownloadManager:
         models: ModelManager,
         tasks: TaskStarter,
         machine: Machine | None = None,
+        *,
+        on_change: Callable[[Download], None] = lambda download: None,
     ) -> None:
         self._config = config
         self._root = root
@@ -83,8 +86,13 @@ class DownloadManager:
         self._tasks = tasks
         self._machine = machine or Machine()
         self._lock = ModelsLock(root)
+        self._on_change = on_change
         self._jobs: dict[str, Job] = {}
         self._slots = anyio.Semaphore(config.max_parallel)
+
+    def reconfigure(self, config: DownloadsConfig) -> None:
+        """Take changed settings, for downloads that start from now on; ``max_parallel`` stays as it was."""
+        self._config = config
 
     async def start(
         self, repo_id: str, revision: str | None = None, allow_patterns: Sequence[str] | None = None
@@ -97,13 +105,14 @@ class DownloadManager:
         """
         check_wish(repo_id, revision, allow_patterns)
         patterns = tuple(allow_patterns or ())
-        job = next((job for job in self._jobs.values() if job.repo_id == repo_id and not job.state.is_last), None)
+        running = (job for job in self._jobs.values() if not job.state.is_last)
+        job = next((job for job in running if _is_same(job.repo_id, repo_id)), None)
         if job is None:
             job = Job(uuid4().hex, repo_id, revision, patterns)
             self._jobs[job.id] = job
             self._tasks.start_soon(self._run, job)
-        elif (job.revision, job.patterns) != (revision, patterns):
-            raise Conflict(f"{repo_id!r} is being downloaded at another revision or with other patterns.")
+        elif (job.repo_id, job.revision, job.patterns) != (repo_id, revision, patterns):
+            raise Conflict(f"{job.repo_id!r} is being downloaded at another revision or with other patterns.")
         while job.state is DownloadState.PREPARING:
             await job.changed.wait()
         if job.plan is None:
@@ -167,6 +176,8 @@ class DownloadManager:
         for old in [job.id for job in self._jobs.values() if job.state.is_last][:-_KEPT]:
             del self._jobs[old]
         job.tell()
+        if job.plan is not None:
+            self._on_change(job.snapshot())
 
     async def _download(self, job: Job) -> None:
         record = self._check_place(job.repo_id)
@@ -186,6 +197,9 @@ class DownloadManager:
         publisher = target.parent
         if publisher.is_symlink() or self._models.find(publisher.name) is not None:
             raise Conflict(f"{publisher.name!r} in the models directory is no folder of a publisher's models.")
+        for place in (publisher, target):
+            if other := _spelled_otherwise(place):
+                raise Conflict(f"{other!r} is in the models directory; on many disks {place.name!r} is the same name.")
         if not os.path.lexists(target):
             return None
         record = self._lock.find(repo_id)
@@ -221,11 +235,12 @@ class DownloadManager:
         config = self._config
         environ = dict(self._machine.environ) | {"HF_HUB_DISABLE_TELEMETRY": "1"}
         # The token reaches the child by its input: what is in no environment is in no crash report of one.
-        token = environ.pop(config.token_env, "").strip() if config.token_env else ""
+        token = find_token(config, environ)
+        environ.pop(config.token_env or "", None)
         order = Order(
             endpoint=(config.endpoint or DEFAULT_ENDPOINT).rstrip("/"),
-            token=token or None,
-            token_name=config.token_env,
+            token=token.value,
+            token_name=token.source,
             repo_id=job.repo_id,
             revision=job.revision,
             patterns=job.patterns,
@@ -291,6 +306,7 @@ class DownloadManager:
         job.state = DownloadState.DOWNLOADING
         _log.info("download_started", model=job.repo_id, commit=plan.commit, bytes=job.total_bytes, need_bytes=need)
         job.tell()
+        self._on_change(job.snapshot())
 
     async def _grant(self, job: Job, process: asyncio.subprocess.Process) -> None:
         """Lets the child begin its files, each when one of the places that all downloads share is free."""
@@ -324,6 +340,20 @@ class DownloadManager:
         if not os.path.lexists(target):
             with suppress(LmxError, OSError):
                 self._lock.forget(repo_id)
+
+
+def _is_same(repo_id: str, other: str) -> bool:
+    """True if they are one directory on a disk that does not tell upper case from lower, as a Mac's."""
+    return repo_id.casefold() == other.casefold()
+
+
+def _spelled_otherwise(place: Path) -> str | None:
+    """The name of what lies in ``place``'s folder and differs from it in case alone."""
+    with suppress(OSError):
+        for other in place.parent.iterdir():
+            if other.name != place.name and _is_same(other.name, place.name):
+                return other.name
+    return None
 
 
 def _disk_error(error: OSError) -> DownloadError:

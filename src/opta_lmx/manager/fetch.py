@@ -3,13 +3,13 @@
     python -m opta_lmx.manager.fetch
 
 Run by ``download.py``, spoken to as ``hub.py`` says. Standard input is the parent's lifeline: at its end the job ends.
-Bytes are hashed while they are written. A file grows as ``.parts/<hash>/<path>``, so that what is there belongs to
-this content of the file and to no other, and moves to its place when its hash is right.
+Bytes are hashed while others arrive, read back from the disk (``file_hash.py``). A file grows as
+``.parts/<hash>/<path>``, so that what is there belongs to this content of the file and to no other, and moves to its
+place when its hash is right.
 """
 
 import errno
 import fcntl
-import hashlib
 import os
 import select
 import shutil
@@ -25,6 +25,7 @@ from huggingface_hub import HfApi, ModelInfo, get_session, hf_hub_url
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from opta_lmx.errors import Conflict, DiskFull, DownloadError, HubUnreachable, IntegrityMismatch, LmxError
+from opta_lmx.manager.file_hash import FileHash
 from opta_lmx.manager.hub import (
     INCOMPLETE_SUFFIX,
     Failed,
@@ -37,10 +38,9 @@ from opta_lmx.manager.hub import (
     choose_files,
 )
 from opta_lmx.manager.hub_errors import Retries, Trouble, judge, mapped
-from opta_lmx.manager.integrity import ModelsLock
+from opta_lmx.manager.integrity import FileRecord, ModelsLock
 
 _PARTS: Final = ".parts"
-_CHUNK_BYTES: Final = 1024 * 1024
 
 # Seconds between two lines of progress: a bar moves smoothly, and the server hardly notices.
 _TICK_SECONDS: Final = 0.2
@@ -59,6 +59,7 @@ class Fetch:
         self._commit = ""
         self._bytes: dict[str, int] = {}
         self._verified: list[str] = []
+        self._records: dict[str, FileRecord] = {}
         self._failure: LmxError | None = None
         self._allowed = 0
         self._woken, self._waker = os.pipe()
@@ -124,13 +125,15 @@ class Fetch:
     def _record(self, files: tuple[HubFile, ...]) -> None:
         """Writes the files' record. Raises IntegrityMismatch if the disk gives other bytes than it was given."""
         repo_id, lock = self._order.repo_id, ModelsLock(self._root)
-        lock.record(repo_id, self._home, repo_id, self._commit)
+        lock.record(repo_id, self._home, repo_id, self._commit, self._records)
         record = lock.find(repo_id)
         for file in files:
+            # One that was touched since it was checked has been hashed again.
+            expected = self._records[file.path].sha256
             found = record.files[file.path].sha256 if record is not None else "no record"
-            if file.sha256 is not None and found != file.sha256:
+            if found != expected:
                 (self._home / file.path).unlink()
-                raise IntegrityMismatch(file.path, file.sha256, found)
+                raise IntegrityMismatch(file.path, expected, found)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -186,33 +189,37 @@ class Fetch:
         part.parent.mkdir(parents=True, exist_ok=True)
         if place.is_file():
             # Checked once, but by another process, and perhaps against another revision.
-            if place.stat().st_size == file.size and self._continue(file, place).hexdigest() == file.digest:
+            self._bytes[file.path] = place.stat().st_size
+            found, record = FileHash(file, place).finish()
+            if found == file.digest and record.size == file.size:
+                self._records[file.path] = record
                 return
             place.unlink()
         with part.open("ab", buffering=0) as output:
-            found = self._fill(file, part, output)
-            os.fsync(output.fileno())
+            found, record = self._fill(file, part, output).finish()
         if found != file.digest:
             part.unlink()
             self._bytes.pop(file.path, None)
             raise IntegrityMismatch(file.path, file.digest, found)
         place.parent.mkdir(parents=True, exist_ok=True)
         part.replace(place)
+        self._records[file.path] = record
 
-    def _fill(self, file: HubFile, part: Path, output: Any) -> str:
-        """Reads on from where the part ends until the file has its size; gives the hash of all its bytes."""
+    def _fill(self, file: HubFile, part: Path, output: Any) -> FileHash:
+        """Reads on from where the part ends until the file has its size; gives what hashes all its bytes."""
         retries = Retries(self._order)
         if output.tell() > file.size:
             output.truncate(0)
-        digest = self._continue(file, part)
-        furthest = part.stat().st_size
+        growing = FileHash(file, part)
+        furthest = self._bytes[file.path] = part.stat().st_size
         while (at := part.stat().st_size) < file.size:
             try:
                 with mapped(self._order), self._open(file, at) as response:
                     if response.status_code in (200, 416) and at:
                         # It sends the whole file, or has fewer bytes than are here: begin again.
+                        growing.discard()
                         output.truncate(0)
-                        digest, at = _new_digest(file), 0
+                        growing, at = FileHash(file, part), 0
                     if response.status_code == 416:
                         raise Trouble("it refuses to go on with the file")
                     if response.status_code not in (200, 206):
@@ -223,7 +230,7 @@ class Fetch:
                             part.unlink()
                             raise IntegrityMismatch(file.path, f"{file.size} bytes", "more")
                         output.write(chunk)
-                        digest.update(chunk)
+                        growing.grown(at)
                         self._bytes[file.path] = at
                         # Bytes that were here before and had to be thrown away are no progress.
                         if at > furthest:
@@ -233,7 +240,7 @@ class Fetch:
                     raise Trouble("the connection ended early")
             except Trouble as trouble:
                 retries.pause(trouble)
-        return str(digest.hexdigest())
+        return growing
 
     def _open(self, file: HubFile, at: int) -> Any:
         headers = self._headers | ({"range": f"bytes={at}-"} if at else {})
@@ -243,16 +250,6 @@ class Fetch:
 
     def _url(self, file: HubFile) -> str:
         return hf_hub_url(self._order.repo_id, file.path, revision=self._commit, endpoint=self._order.endpoint)
-
-    def _continue(self, file: HubFile, path: Path) -> Any:
-        """The hash of the file so far."""
-        digest, at = _new_digest(file), 0
-        with suppress(FileNotFoundError), path.open("rb") as earlier:
-            while chunk := earlier.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                at += len(chunk)
-                self._bytes[file.path] = at
-        return digest
 
     def _discard_others(self, wanted: set[str]) -> None:
         """Removes what earlier attempts, at other revisions or with other patterns, have left."""
@@ -264,13 +261,6 @@ class Fetch:
             for name in folders:
                 with suppress(OSError):
                     Path(folder, name).rmdir()
-
-
-def _new_digest(file: HubFile) -> Any:
-    if file.sha256 is not None:
-        return hashlib.sha256()
-    # git's name for a file's content: SHA-1 over a header and the bytes.
-    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
 
 
 def _hub_file(sibling: Any) -> HubFile:

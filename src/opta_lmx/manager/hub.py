@@ -53,7 +53,7 @@ class Patience(msgspec.Struct, frozen=True):
 
 
 class Order(msgspec.Struct, frozen=True):
-    """What the child is to do. ``target`` is the model's directory; the files grow beside it."""
+    """What the child is to do in ``root``, the models directory. ``token_name`` is where the token is from."""
 
     endpoint: str
     token: str | None
@@ -63,6 +63,10 @@ class Order(msgspec.Struct, frozen=True):
     patterns: tuple[str, ...]
     root: str
     patience: Patience
+
+    def __repr__(self) -> str:
+        # Without the token, whoever prints it.
+        return f"Order({self.repo_id!r}, {self.revision!r})"
 
 
 class HubFile(msgspec.Struct, frozen=True):

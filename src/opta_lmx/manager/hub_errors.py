@@ -47,7 +47,7 @@ def judge(response: httpx2.Response, order: Order) -> Exception:
     if status in (401, 403):
         name = order.token_name
         cure = f"the token in {name} gives no access" if order.token else f"no token is given in {name}"
-        cure = cure if name else "downloads.token_env names no variable with a token"
+        cure = cure if name else "neither downloads.token_env nor downloads.token_file names a token"
         return InvalidRequest(
             f"The hub refuses access to {order.repo_id!r}: it is gated or private, or there is no such repository; "
             f"{cure}. Accept the model's terms on its page and use a token of that account.",

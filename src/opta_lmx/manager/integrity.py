@@ -93,9 +93,15 @@ class ModelsLock:
         """The record, None if there is none. Raises IntegrityMismatch if models.lock itself cannot be read."""
         return self._read().get(model_id)
 
-    def record(self, model_id: str, directory: Path, source: str, revision: str) -> None:
-        """Hashes every file of the model and writes the record, replacing an older one."""
-        files = {name: _hash(path) for name, path in _files(directory)}
+    def record(
+        self, model_id: str, directory: Path, source: str, revision: str, known: Mapping[str, FileRecord] | None = None
+    ) -> None:
+        """Writes the model's record, replacing an older one; hashes every file that is not ``known`` or was touched."""
+        hashed = known or {}
+        files: dict[str, FileRecord] = {}
+        for name, path in _files(directory):
+            earlier = hashed.get(name)
+            files[name] = earlier if earlier is not None and earlier.stands_for(path.stat()) else _hash(path)
         with self._changing() as models:
             models[model_id] = ModelRecord(source, revision, files)
 

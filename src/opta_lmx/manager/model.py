@@ -18,7 +18,7 @@ from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import Conflict, IntegrityMismatch, LoadFailed, ModelNotFound
 from opta_lmx.manager.catalog import Listing, describe, describe_gguf, list_directory
 from opta_lmx.manager.gguf import GgufError
-from opta_lmx.manager.importing import IMPORT_VERSION, STAGING_SUFFIX, GgufImporter, discard
+from opta_lmx.manager.importing import IMPORT_VERSION, STAGING_SUFFIX, GgufImporter, ImportProgress, discard
 from opta_lmx.manager.integrity import FileCheck, ModelsLock
 from opta_lmx.manager.starter import ENCODER_ID, StarterModel, encoder_directory, starter_files
 from opta_lmx.monitoring.logging import get_logger
@@ -46,7 +46,8 @@ class ModelManager:
         self._root = config.directory
         self._starter = starter_files(config)
         self._encoder = encoder_directory(config)
-        self._importer = GgufImporter()
+        self._importer = GgufImporter(config.gguf_import_bits)
+        self._import_bits = config.gguf_import_bits
         self._lock = ModelsLock(self._root)
         self._models: dict[str, ModelFiles] = {}
         self._origins: dict[str, _Origin] = {}
@@ -72,7 +73,7 @@ class ModelManager:
                 loaded = directory
                 if files.format == "gguf":
                     loaded = self._root / _IMPORTED / model_id
-                    origins[model_id] = _origin(directory, listing, loaded)
+                    origins[model_id] = self._origin(directory, listing, loaded)
                 models[model_id] = replace(files, verified=self._is_verified(model_id, loaded))
         if self._starter is not None:
             with suppress(OSError, IntegrityMismatch):
@@ -86,14 +87,22 @@ class ModelManager:
         self._origins = origins
         self._discard_left_overs()
 
+    def imports(self) -> dict[str, ImportProgress]:
+        """The imports that run, by model id, and how far each is."""
+        found = ((model_id, self._importer.progress(origin.target)) for model_id, origin in self._origins.items())
+        return {model_id: progress for model_id, progress in found if progress is not None}
+
     def delete(self, model_id: str) -> int:
         """Removes a model with its imported form and its record; returns the bytes freed.
 
-        Raises ModelNotFound, Conflict for the starter in its wheel, OSError if a file cannot be removed.
+        Raises ModelNotFound, Conflict for the starter in its wheel and while its import runs, OSError if a file cannot
+        be removed.
         """
         files = self.find(model_id)
         if files is None:
             raise self._not_found(model_id)
+        if model_id in self.imports():
+            raise Conflict(f"{model_id!r} is being imported; wait until its load has ended.")
         if not files.path.is_relative_to(self._root):
             raise Conflict(f"{model_id!r} is part of the installation; models.starter: false takes it off the list.")
         freed = 0
@@ -182,6 +191,12 @@ class ModelManager:
     def _record(self, model_id: str, origin: _Origin) -> None:
         self._lock.record(model_id, origin.target, origin.gguf.name, origin.revision)
 
+    def _origin(self, directory: Path, listing: Listing, target: Path) -> _Origin:
+        name = listing.ggufs[0]
+        status = listing.files[name]
+        source = f"{status.st_size}-{status.st_mtime_ns} bits-{self._import_bits}"
+        return _Origin(directory / name, target, _revision(source))
+
     def _directories(self) -> Iterator[tuple[str, Path, Listing]]:
         """``name`` or ``publisher/name`` with its directory, for everything that is or was meant to be a model."""
         root = self._root.resolve()
@@ -232,12 +247,6 @@ class ModelManager:
 
     def _not_found(self, model_id: str) -> ModelNotFound:
         return ModelNotFound(model_id, difflib.get_close_matches(model_id, self._models, n=3))
-
-
-def _origin(directory: Path, listing: Listing, target: Path) -> _Origin:
-    name = listing.ggufs[0]
-    status = listing.files[name]
-    return _Origin(directory / name, target, _revision(f"{status.st_size}-{status.st_mtime_ns}"))
 
 
 def _revision(source: str) -> str:

@@ -5,6 +5,7 @@ one buffer that the tensors fill without gap or overlap. A file that breaks any 
 a worker is given it.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -104,12 +105,22 @@ def read_facts(path: Path) -> SafetensorsFacts:
 
 def _decode(header: bytes) -> dict[str, _Tensor]:
     try:
+        json.loads(header, object_pairs_hook=_refuse_duplicates)
         entries = _raw.decode(header)
         # The one entry that is no tensor; its values are free text.
         entries.pop("__metadata__", None)
         return _tensors.decode(msgspec.json.encode(entries))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise SafetensorsError(f"its header is not a table of tensors ({error})") from error
+
+
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> None:
+    """Of two entries of one name readers may take either, and so load another tensor than was counted here."""
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise ValueError(f"{name[:100]!r} stands in it twice")
+        seen.add(name)
 
 
 def _check_extents(tensors: Mapping[str, _Tensor], buffer_bytes: int) -> None:

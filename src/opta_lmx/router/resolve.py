@@ -66,25 +66,44 @@ def is_name(name: str) -> bool:
     return len(name) <= MAX_NAME_CHARACTERS and name.isprintable() and not {"", ".", ".."}.intersection(parts)
 
 
-def check_aliases(aliases: Mapping[str, str]) -> None:
-    """Raises ConfigError for an alias that could never work.
+def check_aliases(aliases: Mapping[str, str], presets: Mapping[str, str] | None = None) -> None:
+    """Raises ConfigError for an alias or preset that could never work; ``presets`` as for ``resolve``.
 
     That is one whose name or target is no name, whose target is a glob, or whose chain has more than MAX_STEPS
-    steps, as every loop has. Steps through a glob are not counted: an id that is on disk later may end them.
+    steps, as every loop has; a preset that is a glob, and an alias that a preset hides. Steps through a glob are not
+    counted: an id that is on disk later may end them.
     """
+    presets = presets or {}
+    steps = {**aliases, **presets}
     for alias, target in aliases.items():
         key = f"models.aliases.{alias}"
-        if not is_name(alias):
-            raise ConfigError("cannot be the name of a model", key=key)
-        if not is_name(target) or _is_glob(target):
-            raise ConfigError("its target should be the name of one model", key=key)
-        chain = [alias]
-        while (step := aliases.get(chain[-1])) is not None:
-            if step in chain:
-                raise ConfigError(f"goes round in a circle: {' -> '.join([*chain, step])}", key=key)
-            chain.append(step)
-        if len(chain) > MAX_STEPS + 1:
-            raise ConfigError(f"has more than {MAX_STEPS} steps: {' -> '.join(chain)}", key=key)
+        _check_step(alias, target, key)
+        if alias in presets:
+            raise ConfigError("is the name of a preset too, which comes first", key=key)
+        _check_chain(alias, steps, key)
+    for preset, target in presets.items():
+        key = f"models.presets.{preset}"
+        _check_step(preset, target, key)
+        if _is_glob(preset):
+            raise ConfigError("should be one name; only aliases can be patterns", key=key)
+        _check_chain(preset, steps, key)
+
+
+def _check_step(name: str, target: str, key: str) -> None:
+    if not is_name(name):
+        raise ConfigError("cannot be the name of a model", key=key)
+    if not is_name(target) or _is_glob(target):
+        raise ConfigError("its target should be the name of one model", key=key)
+
+
+def _check_chain(name: str, steps: Mapping[str, str], key: str) -> None:
+    chain = [name]
+    while (step := steps.get(chain[-1])) is not None:
+        if step in chain:
+            raise ConfigError(f"goes round in a circle: {' -> '.join([*chain, step])}", key=key)
+        chain.append(step)
+    if len(chain) > MAX_STEPS + 1:
+        raise ConfigError(f"has more than {MAX_STEPS} steps: {' -> '.join(chain)}", key=key)
 
 
 def _follow(name: str, aliases: Mapping[str, str], presets: Mapping[str, str]) -> str | None:
