@@ -56,8 +56,8 @@ class Rooms:
     """The catalog and the residency behind the engine.
 
     A lease is of ``worker``, or of a new one if that has died; ``stale`` of them come before its death is noticed.
-    ``on_disk`` is what the next ``refresh`` finds; ``may_load`` what the last lease was allowed; ``model_type`` is
-    every model's.
+    ``on_disk`` is what the next ``refresh`` finds; ``may_load`` and ``ttl_seconds`` what the last lease asked for;
+    ``model_type`` is every model's.
     """
 
     worker: ScriptedWorker
@@ -66,6 +66,7 @@ class Rooms:
     stale: int = 0
     refreshes: int = 0
     may_load: bool | None = None
+    ttl_seconds: float | None = None
     model_type: str = "llama"
     listed: tuple[str, ...] = ("a", "b")
     on_disk: tuple[str, ...] = ("a", "b")
@@ -85,8 +86,8 @@ class Rooms:
         self.refreshes += 1
         self.listed = self.on_disk
 
-    async def lease(self, files: ModelFiles, *, may_load: bool = True) -> Lease:
-        self.may_load = may_load
+    async def lease(self, files: ModelFiles, *, ttl_seconds: float | None = None, may_load: bool = True) -> Lease:
+        self.may_load, self.ttl_seconds = may_load, ttl_seconds
         await self.may_lease.wait()
         if self.failure is not None:
             raise self.failure

@@ -4,7 +4,7 @@ Everything here may be used from the thread of a test while a server runs in ano
 """
 
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -12,12 +12,15 @@ from typing import Any, cast
 import anyio
 
 from opta_lmx.api.services import Services
-from opta_lmx.config import Config, MemoryConfig
+from opta_lmx.config import Config, ConfigError, MemoryConfig
+from opta_lmx.config_changes import ConfigChanges
 from opta_lmx.config_models import Preset
 from opta_lmx.errors import LmxError
 from opta_lmx.inference.engine import InferenceEngine
+from opta_lmx.manager.changes import ChangeFeed
 from opta_lmx.manager.download import DownloadManager
 from opta_lmx.manager.download_job import Download, DownloadState, FileProgress
+from opta_lmx.manager.importing import ImportProgress
 from opta_lmx.manager.memory import LoadNeed, MemoryMonitor
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.residency import LoadResult, Residency, ResidentModel, UnloadResult
@@ -157,6 +160,10 @@ class ScriptedEngine:
         """As the engine does."""
         return self._config.models.presets.get(name)
 
+    def preset_finder(self) -> Callable[[str], Preset | None]:
+        """As the engine does; it pickles."""
+        return self._config.models.presets.get
+
     async def load_model(self, name: str) -> LoadResult:
         """1.5 GiB used after 0.25 seconds, or ``refusal``."""
         if self.refusal is not None:
@@ -181,6 +188,11 @@ class FixedModels:
 
     def __init__(self, *available: ModelFiles) -> None:
         self.available = available
+        self.importing: Mapping[str, ImportProgress] = {}
+
+    def imports(self) -> Mapping[str, ImportProgress]:
+        """Whatever the test put into ``importing``."""
+        return self.importing
 
     def list_available(self) -> tuple[ModelFiles, ...]:
         """The list."""
@@ -274,6 +286,14 @@ class World:
     residency: FixedResidency
     memory: MemoryMonitor
     downloads: ScriptedDownloads = field(default_factory=ScriptedDownloads)
+    changes: ChangeFeed = field(default_factory=ChangeFeed)
+    reloaded: ConfigChanges | ConfigError = field(default_factory=ConfigChanges)
+
+    async def reload(self) -> ConfigChanges:
+        """Whatever the test put into ``reloaded``."""
+        if isinstance(self.reloaded, ConfigError):
+            raise self.reloaded
+        return self.reloaded
 
     @property
     def services(self) -> Services:
@@ -285,7 +305,9 @@ class World:
             residency=cast(Residency, self.residency),
             memory=self.memory,
             downloads=cast(DownloadManager, self.downloads),
+            changes=self.changes,
             uptime=lambda: 12.5,
+            reload=self.reload,
         )
 
     @property

@@ -132,6 +132,34 @@ def build_tiny_model(
     return directory
 
 
+def build_sized_model(directory: Path, hidden: int, layers: int, *, bits: int | None = None, shards: int = 1) -> Path:
+    """Writes a llama of ``layers`` times 16 ``hidden`` squared random weights, and returns the new directory.
+
+    float16, or quantised to ``bits`` (4, 8), in as many files. For questions of size; its words mean nothing.
+    """
+    from mlx_lm.utils import quantize_model
+
+    directory.mkdir(parents=True)
+    tokenizer = _train_tokenizer(512)
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "head_dim": 64}
+    size = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    names = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": tokenizer.token_to_id(TURN_END)}
+    config: dict[str, Any] = {"model_type": "llama", **_SHARED, **heads, **size, **names}
+    architecture = importlib.import_module("mlx_lm.models.llama")
+    mx.random.seed(0)
+    model = architecture.Model(architecture.ModelArgs.from_dict(config))
+    model.set_dtype(mx.float16)
+    if bits is not None:
+        model, config = quantize_model(model, config, 64, bits)
+    named = sorted(dict(tree_flatten(model.parameters())).items())
+    for shard in range(shards):
+        name = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        mx.save_safetensors(str(directory / name), dict(named[shard::shards]), {"format": "mlx"})
+    (directory / "config.json").write_text(json.dumps(config))
+    _save_tokenizer(tokenizer, directory)
+    return directory
+
+
 def _weights(config: dict[str, Any], scale: float, seed: int) -> dict[str, mx.array]:
     architecture = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(seed)

@@ -4,7 +4,7 @@ Later wins: defaults, the YAML file, ``OPTA_LMX__SECTION__KEY``, flags. All is v
 reload builds a new Config. Each room is given its own section. Sizes are bytes, times seconds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -15,7 +15,7 @@ from opta_lmx.config_fields import Bytes, BytesOrAuto, Key, Level, Section, Word
 from opta_lmx.config_models import ModelsConfig
 from opta_lmx.config_sources import ConfigError, KeyPath, Origin, Sources
 
-__all__ = ["Config", "ConfigError", "find_config", "load_config"]
+__all__ = ["Config", "ConfigError", "find_config", "load_config", "open_door"]
 
 _REASONS: Final = {
     "missing": "is missing",
@@ -40,6 +40,26 @@ class ServerConfig(Section):
         default=30, ge=0, description="Seconds running requests get to end when the server stops."
     )
     cors_origins: Words = Field(default=(), description='Browser origins that may call the API; "*" allows every one.')
+    allowed_hosts: Words = Field(
+        default=(),
+        description="Names the server may be called by besides localhost, 127.0.0.1 and [::1]; a name or a glob.",
+    )
+    # As nginx's keepalive_timeout: longer than the pools of the usual clients keep an idle connection.
+    keep_alive_seconds: float = Field(
+        default=75, gt=0, description="Seconds an idle connection is kept open for the next request."
+    )
+    # The headers of the largest client fit into one packet; who needs ten seconds for them holds a place on purpose.
+    request_head_seconds: float = Field(
+        default=10, gt=0, description="Seconds a client gets to send a request's headers; then it is cut off."
+    )
+    # The default body limit, 10 MiB, at 1.4 Mbit/s.
+    request_body_seconds: float = Field(
+        default=60, gt=0, description="Seconds a client gets to send a request's body; then it gets 408."
+    )
+    # Each holds a file descriptor; the server raises its own limit of those to what this takes.
+    max_connections: int = Field(
+        default=1024, ge=1, le=65536, description="Most connections open at once; one more is answered 503."
+    )
     # The top leaves room for the rest of a frame to the worker, whose own limit is 256 MiB.
     max_body_bytes: Bytes = Field(
         default=10 * 1024**2, ge=1024, le=128 * 1024**2, description="Bytes of the largest request body taken."
@@ -121,7 +141,15 @@ class DownloadsConfig(Section):
     token_env: str | None = Field(
         default="HF_TOKEN", description="Environment variable with the hub's token; null: none."
     )
+    token_file: str | None = Field(
+        default=None, description="File with the hub's token, for where the variable is not set; null: none."
+    )
     max_parallel: int = Field(default=4, ge=1, le=32, description="Most files downloaded at once.")
+
+    @property
+    def token_path(self) -> Path | None:
+        """``token_file`` with ``~`` expanded."""
+        return expand(self.token_file)
 
 
 class LoggingConfig(Section):
@@ -181,10 +209,17 @@ def find_config(explicit: Path | None, *, environ: Mapping[str, str], home: Path
     return path
 
 
-def load_config(path: Path | None, *, environ: Mapping[str, str], flags: Mapping[str, object] | None = None) -> Config:
+def load_config(
+    path: Path | None,
+    *,
+    environ: Mapping[str, str],
+    flags: Mapping[str, object] | None = None,
+    check: Callable[[Config], None] = lambda config: None,
+) -> Config:
     """The settings of ``path`` (None: no file), ``environ`` and ``flags``, whose keys are dotted ("server.port").
 
-    Raises ConfigError at the first setting that cannot be used.
+    ``check`` knows what this module does not, and raises ConfigError with a key; the place is found here. Raises
+    ConfigError at the first setting that cannot be used.
     """
     sources = Sources()
     if path is not None:
@@ -197,8 +232,13 @@ def load_config(path: Path | None, *, environ: Mapping[str, str], flags: Mapping
     except ValidationError as error:
         # The chain is cut: pydantic's error holds the values, and keys may be among them.
         raise sources.error(*_first_fault(error)) from None
-    if reason := _open_door(config):
+    if reason := open_door(config):
         raise sources.error(("server", "host"), reason)
+    try:
+        check(config)
+    except ConfigError as error:
+        # What a user named, such as an alias, may have dots of its own.
+        raise sources.error(tuple((error.key or "").split(".", 2)), error.reason) from None
     return config
 
 
@@ -212,7 +252,7 @@ def _first_fault(error: ValidationError) -> tuple[KeyPath, str]:
     return path, reason
 
 
-def _open_door(config: Config) -> str | None:
+def open_door(config: Config) -> str | None:
     """Why the server may not listen where it is told to; None if it may."""
     security = config.security
     if config.server.is_loopback or security.allow_open_lan:

@@ -2,11 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
 from opta_lmx.config_fields import Section, Words
+
+# The names of ``inference/output/formats.py``, and one for none of them; a test holds the two together.
+ToolFormat: TypeAlias = Literal[
+    "command", "deepseek_v3", "gemma", "glm47", "granite", "harmony", "hermes", "kimi", "llama", "minicpm", "minimax",
+    "mistral", "nemotron", "pythonic", "qwen3_xml", "seed", "tool_calls", "none"
+]  # fmt: skip
+ReasoningFormat: TypeAlias = Literal["command", "gemma", "harmony", "mistral", "seed", "think", "none"]
 
 
 class PresetSampling(Section):
@@ -44,6 +51,10 @@ class Preset(Section):
     context_length: int | None = Field(
         default=None, ge=1, description="Most tokens of prompt and answer; null: the model's."
     )
+    tool_format: ToolFormat | None = Field(default=None, description="How tool calls are written; null: the model's.")
+    reasoning_format: ReasoningFormat | None = Field(
+        default=None, description="How reasoning is marked; null: the model's."
+    )
 
 
 class PerModel(Section):
@@ -57,6 +68,12 @@ class PerModel(Section):
     )
     kv_bits: Literal[4, 8] | None = Field(
         default=None, description="Bits of a KV cache value, 4 or 8; null: not quantised."
+    )
+    tool_format: ToolFormat | None = Field(
+        default=None, description="How the model writes tool calls; null: as its chat template shows."
+    )
+    reasoning_format: ReasoningFormat | None = Field(
+        default=None, description="How the model marks reasoning; null: as its chat template shows."
     )
     pinned: bool = Field(default=False, description="Never evict this model and never let it expire.")
 
@@ -76,6 +93,11 @@ class ModelsConfig(Section):
         default=3600, gt=0, description="Idle seconds before a model is unloaded; null: never."
     )
     spare_worker: bool = Field(default=True, description="Keep one worker process started ahead of the next load.")
+    gguf_import_bits: Literal[4, 5, 6, 8] = Field(
+        default=8,
+        description="Bits of a value of a GGUF's tensors that are quantised again, 4, 5, 6 or 8: those of types that "
+        "MLX cannot hold as they are.",
+    )
     aliases: Mapping[str, str] = Field(default={}, description="Other names for models: name or glob to model id.")
     presets: Mapping[str, Preset] = Field(default={}, description="Names for a model with prompt and sampling.")
     per_model: Mapping[str, PerModel] = Field(default={}, description="Settings of single models, by model id.")

@@ -6,6 +6,7 @@ LmxError
 │   ├── UnsupportedParameter   a field this server or model cannot honour
 │   ├── ModelNotFound          no model, alias or preset of that name
 │   ├── LeaseNotFound          no lease of that id
+│   ├── DownloadNotFound       no download of that id
 │   └── ContextTooLong         the prompt does not fit the model's context
 ├── AccessDenied               missing or wrong key
 ├── Conflict                   the model's state forbids it now (loaded, leased, pinned)
@@ -19,7 +20,8 @@ LmxError
 ├── WorkerError                a worker failed
 │   ├── LoadFailed             the model could not be loaded
 │   ├── WorkerLost             the process ended while it was needed
-│   └── GenerationFailed       one request failed inside a living worker
+│   ├── GenerationFailed       one request failed inside a living worker
+│   └── GenerationStalled      a living worker made no token for one request for too long
 └── DownloadError
     ├── IntegrityMismatch      a file is not what its record says
     └── HubUnreachable         the hub did not answer
@@ -27,7 +29,8 @@ LmxError
 Fields are facts; the message is made from them. ``api/errors.py`` maps each class to a status, once.
 """
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 
 
 class LmxError(Exception):
@@ -76,6 +79,18 @@ class LeaseNotFound(RequestRejected):
             f"There is no lease {lease_id[:100]!r}; it may have ended.", param="lease_id", code="lease_not_found"
         )
         self.lease_id = lease_id
+
+
+class DownloadNotFound(RequestRejected):
+    """No download has this id, or none any more."""
+
+    def __init__(self, download_id: str) -> None:
+        super().__init__(
+            f"There is no download {download_id[:100]!r}; only the last that ended are remembered.",
+            param="download_id",
+            code="download_not_found",
+        )
+        self.download_id = download_id
 
 
 class ContextTooLong(RequestRejected):
@@ -185,6 +200,15 @@ class GenerationFailed(WorkerError):
     """One request failed inside its worker; its neighbours go on."""
 
 
+class GenerationStalled(WorkerError):
+    """A request got no new token for as long as ``server.request_inactivity_seconds`` allows."""
+
+    def __init__(self, model_id: str, seconds: float) -> None:
+        super().__init__(f"The model {model_id!r} made no token for this request within {seconds:g} seconds.")
+        self.model_id = model_id
+        self.seconds = seconds
+
+
 class DownloadError(LmxError):
     """A download did not end with verified files."""
 
@@ -201,3 +225,30 @@ class IntegrityMismatch(DownloadError):
 
 class HubUnreachable(DownloadError):
     """The hub could not be reached, or refused."""
+
+
+def show_failure(error: BaseException) -> str:
+    """The traceback of ``error`` and of what led to it, for logs: where it came from, and of what kind it is.
+
+    Messages are left out, the system's own on files and sockets excepted: what a library or a bug says is often the
+    value it stumbled over, and that may be somebody's prompt or key.
+    """
+    return "".join(_failure_lines(error, set())).rstrip("\n")
+
+
+def _failure_lines(error: BaseException, seen: set[int]) -> Iterator[str]:
+    seen.add(id(error))
+    led = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if led is not None and id(led) not in seen:
+        yield from _failure_lines(led, seen)
+        yield "\nThat led to:\n\n"
+    yield "Traceback (most recent call last):\n"
+    yield from traceback.format_tb(error.__traceback__)
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    yield f"{name}: {error.strerror}\n" if isinstance(error, OSError) and error.strerror else f"{name}\n"
+    if isinstance(error, BaseExceptionGroup):
+        for number, inner in enumerate(error.exceptions, start=1):
+            if id(inner) not in seen:
+                yield f"\nNumber {number} of the group:\n\n"
+                yield from _failure_lines(inner, seen)

@@ -1,18 +1,22 @@
 """The one place where the rooms are wired, started and stopped."""
 
 import asyncio
+import os
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import anyio
 import uvicorn
 from fastapi import FastAPI
 
 from opta_lmx import __version__
+from opta_lmx.api.connection import Connection, raise_open_files
 from opta_lmx.api.routes import build_app
 from opta_lmx.api.services import Services
 from opta_lmx.config import Config
@@ -20,12 +24,16 @@ from opta_lmx.errors import LmxError
 from opta_lmx.inference.engine import InferenceEngine
 from opta_lmx.inference.spawner import WorkerSpawner
 from opta_lmx.manager.catalog import is_encoder
+from opta_lmx.manager.changes import ChangeFeed, ModelChange
 from opta_lmx.manager.download import DownloadManager
+from opta_lmx.manager.footprint import footprint_bytes
 from opta_lmx.manager.memory import MemoryMonitor, SystemProbe
+from opta_lmx.manager.metal import read_metal
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.residency import Residency
 from opta_lmx.monitoring.logging import configure_logging, get_logger
 from opta_lmx.monitoring.timing import RequestBook
+from opta_lmx.reload import Reloader
 from opta_lmx.types import LoadOptions, ModelFiles, Worker, WorkerExit
 
 # Once the drain is over nothing should be open; a connection that is gets this long before it is cut.
@@ -87,14 +95,19 @@ class Supervisor:
 class Runtime:
     """Everything a running server holds, built from its configuration and from nothing else."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, reread: Callable[[], Config] | None = None) -> None:
+        """``reread`` reads the settings again for a reload; None: they come from nowhere that could have changed."""
         started = time.monotonic()
         self.config = config
+        self.reloader = Reloader(config, self._put_in_force, reread)
         self.supervisor = Supervisor()
         self.requests = RequestBook()
-        self.memory = MemoryMonitor(config.memory, SystemProbe())
+        self.changes = ChangeFeed()
+        self.memory = MemoryMonitor(config.memory, SystemProbe(read_metal(), self._footprints))
         self.models = ModelManager(config.models)
-        self.downloads = DownloadManager(config.downloads, config.models.directory, self.models, self.supervisor)
+        self.downloads = DownloadManager(
+            config.downloads, config.models.directory, self.models, self.supervisor, on_change=self.changes.publish
+        )
         self.spawner = WorkerSpawner(keep_spare=config.models.spare_worker, start_soon=self.supervisor.start_soon)
         self.residency = Residency(
             config=config.models,
@@ -103,7 +116,7 @@ class Runtime:
             options=self._load_options,
             tasks=self.supervisor,
             auto_evict=config.memory.auto_evict_lru,
-            on_stop=self.requests.stopped,
+            on_change=self._model_changed,
         )
         self.engine = InferenceEngine(config, self.models, self.residency, requests=self.requests)
         self.services = Services(
@@ -115,6 +128,8 @@ class Runtime:
             downloads=self.downloads,
             uptime=lambda: time.monotonic() - started,
             requests=self.requests,
+            changes=self.changes,
+            reload=self.reloader.reload,
         )
 
     def app(self) -> FastAPI:
@@ -133,10 +148,19 @@ class Runtime:
                     await self.residency.close()
                     await self.spawner.close()
 
+    def _put_in_force(self, config: Config) -> None:
+        """Tell every owner of changed settings, the memory cap before those who wait for room under it."""
+        self.config = self.services.config = config
+        self.memory.reconfigure(config.memory)
+        self.residency.reconfigure(config.models, auto_evict=config.memory.auto_evict_lru)
+        self.engine.reconfigure(config)
+        self.downloads.reconfigure(config.downloads)
+
     async def _tick_forever(self) -> None:
         while True:
             await anyio.sleep(_TICK_SECONDS)
             self.residency.step(time.monotonic())
+            self.engine.step(time.monotonic())
 
     async def _load_wanted(self) -> None:
         """Import the starter, so that the first request finds it ready, and load what the configuration asks for."""
@@ -159,6 +183,15 @@ class Runtime:
         self.requests.loaded(model.id, time.monotonic() - started)
         return worker
 
+    def _model_changed(self, change: ModelChange) -> None:
+        if change.cause is not None:
+            self.requests.stopped(change.model_id, change.cause)
+        self.changes.publish(change)
+
+    def _footprints(self) -> int:
+        """What the workers hold together, in bytes."""
+        return sum(footprint_bytes(model.pid) for model in self.residency.snapshot() if model.pid is not None)
+
     def _load_options(self, files: ModelFiles) -> LoadOptions:
         scheduling = self.config.scheduling
         per_model = self.config.models.per_model.get(files.id)
@@ -169,6 +202,8 @@ class Runtime:
             prefix_cache_bytes=self._prefix_cache_bytes(files),
             context_length=per_model.context_length if per_model else None,
             kv_bits=per_model.kv_bits if per_model else None,
+            tool_format=per_model.tool_format if per_model else None,
+            reasoning_format=per_model.reasoning_format if per_model else None,
             echo=files.echo,
         )
 
@@ -194,7 +229,7 @@ class Server(uvicorn.Server):
                 host=server.host,
                 port=server.port,
                 loop="uvloop",
-                http="httptools",
+                http=cast("type[asyncio.Protocol]", partial(Connection, limits=lambda: runtime.config.server)),
                 lifespan="on",
                 ws="none",
                 log_config=None,
@@ -204,6 +239,7 @@ class Server(uvicorn.Server):
             )
         )
         self._runtime = runtime
+        self._in_terminal = os.isatty(0)
         runtime.supervisor.on_failure = self._stop_now
 
     @contextmanager
@@ -212,6 +248,7 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked_to_stop)
+        loop.add_signal_handler(signal.SIGHUP, self._hung_up)
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -224,11 +261,21 @@ class Server(uvicorn.Server):
     def _stop_now(self) -> None:
         self.should_exit = True
 
+    def _hung_up(self) -> None:
+        """SIGHUP: somebody asks for a reload, or the terminal the server was started in has gone, which ends it."""
+        if self._in_terminal and not os.isatty(0):
+            self._asked_to_stop()
+        else:
+            self._runtime.supervisor.start_soon(self._runtime.reloader.reload_by_signal)
+
     def _asked_to_stop(self) -> None:
         engine = self._runtime.engine
         if engine.draining:
             self.force_exit = True
             self.should_exit = True
+            # Whoever still waits sees that there is no answer, rather than half of one.
+            for connection in self.server_state.connections:
+                connection.transport.abort()
             return
         engine.draining = True
         _log.info("drain_started", running=sum(running for running, _ in engine.queue_depths().values()))
@@ -241,14 +288,17 @@ class Server(uvicorn.Server):
             await engine.idle()
         # Whatever still runs ends with the error of a lost worker, not with a connection cut by uvicorn.
         await self._runtime.residency.close()
+        # Readers of changes would keep the server waiting for them.
+        self._runtime.changes.close()
         self.should_exit = True
 
 
-def serve(config: Config, config_path: Path | None) -> int:
-    """Run until asked to stop; 0 after a stop, 1 if a part of the server failed."""
+def serve(config: Config, config_path: Path | None, reread: Callable[[], Config]) -> int:
+    """Run until asked to stop; 0 after a stop, 1 if a part of the server failed. ``reread`` is for reloads."""
     configure_logging(config.logging)
+    raise_open_files(config.server.max_connections)
     _log.info("config_read", path=str(config_path) if config_path else None)
-    runtime = Runtime(config)
+    runtime = Runtime(config, reread)
     server = Server(runtime)
     server.run()
     failed = runtime.supervisor.failure is not None or not server.started

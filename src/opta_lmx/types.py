@@ -47,6 +47,18 @@ class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
 Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as msgpack, in pieces: one too large to be held, or written, by the server's process at once."""
+
+    pieces: tuple[bytes, ...] = ()
+
+
+def encode_prompt(prompt: Prompt) -> bytes:
+    """What the ``pieces`` of an EncodedPrompt are cut from."""
+    return msgspec.msgpack.encode(prompt)
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     """How one request is sampled. The defaults are OpenAI's; ranges are checked by the api room.
 
@@ -93,11 +105,17 @@ class GenerateRequest(msgspec.Struct, frozen=True):
 
     request_id: str
     model: str
-    prompt: Prompt
+    prompt: Prompt | EncodedPrompt
     sampling: SamplingParams = SamplingParams()
     structured: Structured | None = None
     # A bound of the caller's own, in tokens of prompt and answer; None leaves the model's.
     context_length: int | None = None
+    # How the model writes calls and reasoning, in the words of ``inference/output/formats.py``, "none" for not at all;
+    # None leaves what the model's worker found.
+    tool_format: str | None = None
+    reasoning_format: str | None = None
+    # Idle seconds before the model is unloaded, if this request is what loads it; None leaves the settings'.
+    ttl_seconds: float | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -144,6 +162,12 @@ class ModelFacts(msgspec.Struct, frozen=True):
     tool_format: str | None = None
     reasoning_format: str | None = None
 
+    def as_wanted(self, tool_format: str | None, reasoning_format: str | None) -> "ModelFacts":
+        """The same model with what somebody says of its formats, as in GenerateRequest; None leaves one as it is."""
+        formats = {"tool_format": tool_format, "reasoning_format": reasoning_format}
+        said = {field: None if name == "none" else name for field, name in formats.items() if name is not None}
+        return msgspec.structs.replace(self, **said) if said else self
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
@@ -169,6 +193,7 @@ class ModelFiles:
     verified: bool = False
     problem: str | None = None
     echo: "EchoOptions | None" = None
+    vocab_size: int | None = None
 
 
 class LoadOptions(msgspec.Struct, frozen=True):
@@ -181,11 +206,18 @@ class LoadOptions(msgspec.Struct, frozen=True):
     # KV cache set aside for all running sequences together; None leaves it unbounded.
     kv_bytes: int | None = None
     context_length: int | None = None
+    # Bounds of the worker's MLX, None for its own: all it holds, and below what is kept for reuse only and what is
+    # wired (Metal). The first and the last rise by what KvGrant adds to ``kv_bytes``.
     memory_limit_bytes: int | None = None
     kv_bits: int | None = None
     echo: "EchoOptions | None" = None
     # The model was loaded and used before in this server's life.
     reloaded: bool = False
+    cache_limit_bytes: int | None = None
+    wired_limit_bytes: int | None = None
+    # As in GenerateRequest; None leaves what the model's chat template shows.
+    tool_format: str | None = None
+    reasoning_format: str | None = None
 
 
 class EchoOptions(msgspec.Struct, frozen=True):

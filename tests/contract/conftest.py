@@ -33,7 +33,7 @@ def world() -> World:
 async def connect(world: World) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application over ``world``, in process; crashes are answered as uvicorn's clients see them."""
     transport = httpx.ASGITransport(build(world), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://lmx") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 

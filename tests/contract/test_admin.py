@@ -5,6 +5,7 @@ import pytest
 
 from opta_lmx import __version__
 from opta_lmx.errors import Conflict, LoadFailed, MemoryLimit
+from opta_lmx.manager.importing import ImportProgress
 from opta_lmx.types import ModelState
 from tests.fakes import GIB, World, make_world, resident
 
@@ -91,7 +92,15 @@ async def test_status(client: httpx.AsyncClient, world: World) -> None:
             "reason": "bad",
         },
     ]
+    assert body["imports"] == []
     assert body["memory"] == (await client.get("/admin/memory")).json()
+
+
+async def test_status_tells_of_imports(client: httpx.AsyncClient, world: World) -> None:
+    """A GGUF that is being imported is listed with how far it is."""
+    world.models.importing = {"acme/new": ImportProgress(5, 20)}
+    body = (await client.get("/admin/status")).json()
+    assert body["imports"] == [{"model_id": "acme/new", "done_bytes": 5, "total_bytes": 20}]
 
 
 async def test_memory(client: httpx.AsyncClient, world: World) -> None:

@@ -76,7 +76,7 @@ async def desk(tmp_path: Path, *, starter: bool = False) -> AsyncIterator[Desk]:
         services = replace(make_world().services, config=config, engine=engine, models=models)
         services = replace(services, residency=house.residency, memory=house.memory)
         transport = httpx.ASGITransport(build_app(services, wall=lambda: WALL), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://lmx") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield Desk(client, house, root)
 
 
@@ -243,7 +243,7 @@ async def test_an_imported_gguf_is_planned_and_verified_as_it_is_loaded(tmp_path
         assert (await lmx.post("models/verify", model_id="acme/g"))["models"][0]["verdict"] == "unrecorded"
         imported = lmx.root / ".imported" / "acme" / "g"
         put_model(imported)
-        revision = f"{gguf.stat().st_size}-{gguf.stat().st_mtime_ns} import-{IMPORT_VERSION}"
+        revision = f"{gguf.stat().st_size}-{gguf.stat().st_mtime_ns} bits-8 import-{IMPORT_VERSION}"
         ModelsLock(lmx.root).record("acme/g", imported, gguf.name, revision)
         assert (await lmx.post("models/plan", model_id="acme/g"))["weights_bytes"] == 64
         verified = await lmx.post("models/verify", model_id="acme/g")
@@ -319,6 +319,22 @@ async def test_a_wrong_wish_is_refused_by_name(
     response = await client.post(f"/admin/{path}", json=body)
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (400, code, param)
+
+
+@pytest.mark.parametrize(
+    "path", [*(f"models/{verb}" for verb in ("load", "unload", "plan", "pin", "unpin", "verify", "download")), "leases"]
+)
+async def test_a_misspelt_field_is_refused(client: httpx.AsyncClient, path: str) -> None:
+    """By its name, on every route with a body; so is a body that is no object."""
+    right: dict[str, JsonObject] = {
+        "models/download": {"repo_id": "a/b"},
+        "leases": {"model_id": "a", "seconds": 1, "owner": "x"},
+    }
+    body = right.get(path, {"model_id": "a"})
+    error = (await client.post(f"/admin/{path}", json=body | {"forse": True})).json()["error"]
+    assert (error["code"], error["param"]) == ("unknown_parameter", "forse")
+    for other in (b"[]", b'"a"', b"null", b"{", b"\xff"):
+        assert (await client.post(f"/admin/{path}", content=other)).status_code == 400
 
 
 @pytest.mark.parametrize("path", ["models/plan", "models/pin", "models/unpin", "models/verify", "leases"])

@@ -162,7 +162,7 @@ async def test_a_client_who_leaves_cancels_the_work() -> None:
         "raw_path": b"/v1/embeddings",
         "root_path": "",
         "query_string": b"",
-        "headers": [],
+        "headers": [(b"host", b"localhost")],
     }
     with anyio.fail_after(5):
         await build(world)(scope, receive, send)

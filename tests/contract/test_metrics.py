@@ -51,7 +51,7 @@ async def test_the_book_of_requests_is_shown(world: World) -> None:
     timeline.resolved("tiny")
     timeline.end(Outcome.STOP)
     app = build_app(replace(world.services, requests=books))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://lmx") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         text = (await client.get("/admin/metrics")).text
     assert 'lmx_requests_total{model="tiny",outcome="stop"} 1.0' in text
 

@@ -14,6 +14,8 @@ PRESET = Preset(
     sampling=PresetSampling(temperature=0.5, max_tokens=7, stop=("END",), repetition_penalty=1.1),
     template_kwargs={"enable_thinking": False},
     context_length=100,
+    tool_format="mistral",
+    reasoning_format="none",
 )
 USER = {"role": "user", "content": "x"}
 
@@ -32,6 +34,7 @@ def test_gaps_are_filled() -> None:
     sampling = wanted.sampling
     assert (sampling.temperature, sampling.max_tokens, sampling.stop) == (0.5, 7, ("END",))
     assert (sampling.repetition_penalty, wanted.context_length) == (1.1, 100)
+    assert (wanted.tool_format, wanted.reasoning_format) == ("mistral", "none")
 
 
 def test_own_values_win() -> None:

@@ -1,11 +1,18 @@
 """Over a real socket: the bytes of a stream, and clients who leave."""
 
 import json
+import logging
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
+import structlog
 
+from opta_lmx.config import LoggingConfig
+from opta_lmx.monitoring.logging import configure_logging
 from opta_lmx.types import Delta, FinishReason
 from tests.contract.conftest import CHAT, Running
 from tests.fakes import Script, text_deltas
@@ -56,7 +63,7 @@ def send(running: Running, **fields: object) -> socket.socket:
     """A request on a bare socket, which the caller closes."""
     body = json.dumps(CHAT | fields).encode()
     connection = socket.create_connection(("127.0.0.1", running.port), timeout=5)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     return connection
 
@@ -98,7 +105,7 @@ def test_a_client_who_leaves_while_waiting_is_forgotten(running: Running, stream
 def test_a_client_who_leaves_amid_its_body_is_no_fault(running: Running) -> None:
     """Half a request is dropped; the server serves on."""
     with socket.create_connection(("127.0.0.1", running.port), timeout=5) as connection:
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{")
     assert httpx.post(f"{running.url}/v1/chat/completions", json=CHAT).status_code == 200
     assert len(running.world.engine.requests) == 1
 
@@ -109,6 +116,40 @@ def test_a_bug_amid_a_stream_cuts_the_connection(running: Running) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
         httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | {"stream": True})
     assert running.world.generation.closed.is_set()
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Everything this process logs, at DEBUG, to a file; afterwards all is as before."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    configure_logging(LoggingConfig(level="DEBUG", file=str(path)))
+    try:
+        yield
+    finally:
+        for handler in [handler for handler in root.handlers if handler not in handlers]:
+            root.removeHandler(handler)
+            handler.close()
+        root.setLevel(level)
+        logging.captureWarnings(False)
+        structlog.reset_defaults()
+
+
+def test_the_log_of_a_bug_quotes_nobody(running: Running, tmp_path: Path) -> None:
+    """Where it happened and of what kind it was is told; what it stumbled over may be a prompt, and is not."""
+    log = tmp_path / "log"
+    with logging_to(log):
+        for stream in (False, True):
+            running.world.engine.script = Script(refusal=RuntimeError("canaryprompt"))
+            body = CHAT | {"stream": stream}
+            assert httpx.post(f"{running.url}/v1/chat/completions", json=body).status_code == 500
+        running.world.engine.script = Script([[Delta(0, "a", 1)]], failure=KeyError("canaryprompt"))
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | {"stream": True})
+        assert running.world.generation.closed.wait(5)
+    written = log.read_text()
+    assert "canaryprompt" not in written
+    assert (written.count('"request_crashed"'), "RuntimeError" in written, "fakes.py" in written) == (3, True, True)
 
 
 @pytest.mark.parametrize("path", ["/%ff%fe", "/v1/models/%ed%a0%80", "/v1/models/..%2f..%2fetc%2fpasswd", "/%00"])

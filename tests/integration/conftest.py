@@ -174,4 +174,11 @@ def _free_port() -> int:
 def _environment(home: Path) -> dict[str, str]:
     """This process's environment without its settings of the server and with an empty home."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OPTA_LMX")}
-    return kept | {"HOME": str(home)}
+    return kept | {"HOME": str(home), "TMPDIR": str(temporary_directory(home))}
+
+
+def temporary_directory(home: Path) -> Path:
+    """Where a server with this home, and everything it starts, keeps its temporary files."""
+    directory = home / "tmp"
+    directory.mkdir(exist_ok=True)
+    return directory

@@ -1,7 +1,10 @@
 """A client may leave at any moment: its slot, its lease and its place in the worker are back at once."""
 
+import json
 import random
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import anyio
 import httpx
@@ -148,34 +151,93 @@ async def test_leaving_while_decoding(server: StartServer) -> None:
         await check_next_is_served(client)
 
 
-async def test_a_hundred_leavers_leave_nothing(server: StartServer) -> None:
-    """Whenever they leave, streamed or whole, at the end nothing runs, waits, is leased or open, and no worker died."""
-    dice = random.Random(20260215)
+# When a visitor leaves, and how many of them there are in a run; the rest leave after a random time.
+MOMENTS = ("before the headers are sent", "in the middle of the body", "as soon as it is asked", "between chunks")
+LEAVERS = 500
+SEED = 20260215
+
+
+class Visitor:
+    """A client who speaks bare HTTP, so that it may leave in the middle of a word."""
+
+    def __init__(self, server: RunningServer, body: JsonObject, moment: str, patience: float) -> None:
+        self._server = server
+        self._moment = moment
+        self._patience = patience
+        self._content = json.dumps(body).encode()
+        self._head = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n" % (
+            CHAT.encode(),
+            len(self._content),
+        )
+
+    async def visit(self) -> None:
+        """Connects, asks as far as it gets, and hangs up."""
+        async with await anyio.connect_tcp("127.0.0.1", self._server.port) as connection:
+            if self._moment == MOMENTS[0]:
+                return await connection.send(self._head[: len(self._head) // 2])
+            await connection.send(self._head + b"\r\n")
+            if self._moment == MOMENTS[1]:
+                return await connection.send(self._content[: len(self._content) // 2])
+            await connection.send(self._content)
+            with anyio.move_on_after(self._patience), suppress(anyio.EndOfStream):
+                while self._moment != MOMENTS[2]:
+                    await connection.receive()
+                    if self._moment == MOMENTS[3]:
+                        break
+        return None
+
+
+async def visits(running: RunningServer, dice: random.Random, count: int, models: str, answer_words: int) -> None:
+    """So many visitors within a few seconds, each to a random model for a random text, streamed or whole."""
+
+    async def visit(delay: float, visitor: Visitor) -> None:
+        await anyio.sleep(delay)
+        await visitor.visit()
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(count):
+            body = chat(dice.choice(models), words(dice.randint(1, answer_words)), stream=dice.random() < 0.5)
+            moment = dice.choice((*MOMENTS, "at any time", "at any time"))
+            visitor = Visitor(running, body | {"max_tokens": answer_words}, moment, dice.expovariate(5))
+            tasks.start_soon(visit, dice.uniform(0, count / 125), visitor)
+
+
+async def check_nothing_held(client: httpx.AsyncClient, reserved_bytes: int) -> None:
+    """Nobody runs or waits, no model is leased, and no memory is promised beyond what idle models hold."""
+    await until_all_returned(client)
+    shown = await status(client)
+    assert depths(shown) == (0, 0)
+    assert shown["memory"]["ledger"]["reservations_bytes"] == reserved_bytes
+
+
+async def reservations(client: httpx.AsyncClient) -> int:
+    """What the ledger promises, in bytes."""
+    promised: int = (await status(client))["memory"]["ledger"]["reservations_bytes"]
+    return promised
+
+
+async def test_five_hundred_leavers_leave_nothing(server: StartServer) -> None:
+    """Whenever they leave, streamed or whole: at the end nothing runs, waits, is promised, leased or open.
+
+    The models load under the first of them; a queue stands in front of both; no worker has died, and nothing was said
+    about a failure in the log.
+    """
+    print(f"seed {SEED}")  # noqa: T201 - what it takes to do it again
     running = server(
-        {"a": EchoOptions(token_seconds=0.01, load_seconds=0.2), "b": EchoOptions(prefill_seconds_per_token=0.001)},
+        {"a": EchoOptions(token_seconds=0.005, load_seconds=0.3), "b": EchoOptions(prefill_seconds_per_token=0.001)},
         scheduling={"max_running": 4, "max_waiting": 100, "prefill_chunk_tokens": 16},
     )
     process = psutil.Process(running.pid)
-
-    async def visit(delay: float, patience: float, body: JsonObject) -> None:
-        await anyio.sleep(delay)
-        with anyio.move_on_after(patience):
-            async with connect(running) as client:
-                if body["stream"]:
-                    await stream(client, body)
-                else:
-                    assert (await client.post(CHAT, json=body)).status_code == 200
-
     async with connect(running) as client:
         await status(client)
         before = process.num_fds()
-        async with anyio.create_task_group() as tasks:
-            for _ in range(100):
-                body = chat(dice.choice("ab"), words(dice.randint(1, 200)), stream=dice.random() < 0.5)
-                tasks.start_soon(visit, dice.uniform(0, 2), dice.expovariate(4), body)
+        await visits(running, random.Random(SEED), LEAVERS, "ab", 200)
         await until_all_returned(client)
         for model in "ab":
             await check_next_is_served(client, model)
+        resting = await reservations(client)
+        await visits(running, random.Random(SEED + 1), LEAVERS // 10, "ab", 200)
+        await check_nothing_held(client, resting)
         shown = await status(client)
         # A socket and a pipe of standard error for each of the two workers were not there before.
         await until(lambda: open_files(process), lambda count: count <= before + 2 * 2)
@@ -183,6 +245,23 @@ async def test_a_hundred_leavers_leave_nothing(server: StartServer) -> None:
         "a": ("ready", 0),
         "b": ("ready", 0),
     }
+    levels = {json.loads(line)["level"] for line in running.log.read_text().splitlines()}
+    assert levels <= {"info", "warning"}, levels
+
+
+@pytest.mark.mlx
+async def test_leavers_of_a_real_model_leave_nothing(server: StartServer, tiny_model: Callable[..., Path]) -> None:
+    """The same over MLX: loading, prefill and decode of a tiny model, whose reservation falls back to its load's."""
+    print(f"seed {SEED}")  # noqa: T201 - what it takes to do it again
+    running = server({"a": tiny_model("llama")}, scheduling={"max_running": 4, "max_waiting": 100})
+    async with connect(running) as client:
+        await visits(running, random.Random(SEED), 60, "a", 100)
+        await until_all_returned(client)
+        assert (await ask(client, "a", "next", max_tokens=4)).status_code == 200
+        resting = await reservations(client)
+        await visits(running, random.Random(SEED + 1), 60, "a", 100)
+        await check_nothing_held(client, resting)
+        assert model_status(await status(client), "a")["restarts"] == 0
 
 
 async def open_files(process: psutil.Process) -> int:

@@ -18,8 +18,9 @@ from tests.integration.conftest import Models, RunningServer, StartServer
 
 # An echo model answers with its prompt, so PROMPT is a word of prompts and of answers.
 PROMPT, SYSTEM, ARGUMENT, HEADER = "canaryprompt", "canarysystem", "canaryargument", "canaryheader"
-API_KEY, ADMIN_KEY, WRONG_KEY = "sk-canary-api", "canary-admin", "sk-canary-wrong"
-CANARIES = (PROMPT, SYSTEM, ARGUMENT, HEADER, API_KEY, ADMIN_KEY, WRONG_KEY)
+TOOL, USER = "canarytool", "canaryuser"
+API_KEY, ADMIN_KEY, WRONG_KEY, HUB_TOKEN = "sk-canary-api", "canary-admin", "sk-canary-wrong", "hf_canarytoken"
+CANARIES = (PROMPT, SYSTEM, ARGUMENT, HEADER, TOOL, USER, API_KEY, ADMIN_KEY, WRONG_KEY, HUB_TOKEN)
 
 ADMIN = {"x-admin-key": ADMIN_KEY}
 
@@ -72,6 +73,8 @@ def guarded(server: StartServer) -> Iterator[RunningServer]:
     open_one.stop()
     home = open_one.log.parent
     keys = {"OPTA_LMX__SECURITY__API_KEYS": json.dumps([API_KEY]), "OPTA_LMX__SECURITY__ADMIN_KEY": ADMIN_KEY}
+    # The server is its own hub: the token reaches it as the key of a download, and is a wrong one.
+    hub = {"OPTA_LMX__DOWNLOADS__ENDPOINT": open_one.url, "HF_TOKEN": HUB_TOKEN}
     log = home / "guarded.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -79,7 +82,7 @@ def guarded(server: StartServer) -> Iterator[RunningServer]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "HOME": str(home), **keys},
+            env={**os.environ, "HOME": str(home), **keys, **hub},
             cwd=home,
         )
     running = RunningServer(open_one.url, open_one.port, process, log)
@@ -112,25 +115,58 @@ async def test_the_log_tells_every_request_and_no_words(guarded: RunningServer) 
             tasks.start_soon(stream, client, chat("slow", f"{PROMPT} {words(500)}"), begun)
             await begun.wait()
             tasks.cancel_scope.cancel()
-        async with httpx.AsyncClient(base_url=running.url, trust_env=False, headers=ADMIN) as admin:
+        await client.post(CHAT, json={**chat("good", text, user=USER, metadata={"k": USER}), **tools()})
+        async with httpx.AsyncClient(base_url=running.url, trust_env=False, headers=ADMIN, timeout=limits) as admin:
             await until_all_returned(admin)
+            await provoke(admin)
+            shown = [(await admin.get(path)).text for path in SHOWN]
 
     async def logged() -> dict[str, JsonObject]:
         return canonical(running)
 
     # The server's own write is behind its answer by a moment.
-    told = await until(logged, lambda found: len(found) >= 8)
-    assert len(told) == 8
+    told = await until(logged, lambda found: len(found) >= 9)
+    assert len(told) == 9
     ends = {id: (told[id]["model"], told[id]["outcome"], told[id]["error"]) for id in told if id in SENT}
     assert ends == SENT
     others = sorted(line["outcome"] for id, line in told.items() if id not in SENT)
-    assert others == ["cancelled", "stop"]
+    assert others == ["cancelled", "stop", "stop"]
     whole = told["whole"]
     assert whole["completion_tokens"] >= 13
     assert 0 <= whole["queue_s"] <= whole["ttft_s"] <= whole["duration_s"]
     assert told["short"]["completion_tokens"] == 2
-    log = running.log.read_text()
-    assert [canary for canary in CANARIES if canary in log] == []
+    written = running.log.read_text() + "".join(shown)
+    assert [canary for canary in CANARIES if canary in written] == []
+    assert '"level":"DEBUG"' in written
+
+
+SHOWN = ("/admin/status", "/admin/models", "/admin/metrics", "/admin/metrics/json", "/admin/config", "/admin/health")
+
+
+def tools() -> JsonObject:
+    """A call that was made, its result, and a tool to call."""
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": json.dumps({"at": TOOL})}}
+    return {
+        "messages": [
+            {"role": "user", "content": PROMPT},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": TOOL},
+        ],
+        "tools": [{"type": "function", "function": {"name": "look", "description": TOOL, "parameters": {}}}],
+    }
+
+
+async def provoke(admin: httpx.AsyncClient) -> None:
+    """What fails in other ways: a wrong admin key, bodies that are none, a hub that is not there, a foreign page."""
+    wrong = {"x-admin-key": WRONG_KEY}
+    assert (await admin.get("/admin/status", headers=wrong)).status_code == 401
+    assert (await admin.post("/admin/models/load", content=f'{{"model_id": {PROMPT}')).status_code == 400
+    assert (await admin.post("/admin/models/load", json={"model_id": PROMPT})).status_code == 404
+    assert (await admin.post("/admin/models/download", json={"repo_id": "a/b"})).status_code >= 400
+    assert (await admin.post(f"/{PROMPT}", headers={"origin": f"https://{HEADER}.example"})).status_code == 403
+    assert (await admin.get("/admin/status", headers={"host": f"{HEADER}.example"})).status_code == 403
+    assert (await admin.get(f"/{PROMPT}?{ARGUMENT}")).status_code == 404
+    assert (await admin.post("/admin/config/reload")).status_code == 200
 
 
 SENT = {

@@ -1,8 +1,14 @@
 """How a server ends: drained, at once, or killed; whatever the way, nothing of it is left."""
 
 import contextlib
+import json
+import os
 import signal
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import anyio
 import httpx
@@ -23,7 +29,7 @@ from tests.integration.chatting import (
     until_status,
     words,
 )
-from tests.integration.conftest import RunningServer, StartServer, wait_gone
+from tests.integration.conftest import RunningServer, StartServer, temporary_directory, wait_gone
 
 SLOW = EchoOptions(token_seconds=0.02)
 FOR_A_MINUTE = EchoOptions(token_seconds=0.06)
@@ -47,6 +53,9 @@ def check_nothing_left(server: RunningServer, exit_code: int = 0) -> None:
     assert server.process.returncode == exit_code, server.log.read_text()
     left = wait_gone(server.seen, GONE_BOUND)
     assert not left, f"still there after {GONE_BOUND} s: {[process.cmdline() for process in left]}"
+    # Whoever starts it again finds its port free, and nothing of it in the way.
+    with socket.create_server(("127.0.0.1", server.port)):
+        assert list(temporary_directory(server.log.parent).iterdir()) == []
 
 
 async def load(client: httpx.AsyncClient, model: str) -> None:
@@ -170,6 +179,76 @@ async def test_the_drain_has_a_limit(server: StartServer) -> None:
     assert error["type"] == "server_error"
     assert whole[0].status_code == 503, whole[0].text
     assert whole[0].json()["error"]["type"] == "server_error"
+
+
+async def test_a_load_in_flight_does_not_hold_up_the_end(server: StartServer) -> None:
+    """At the limit of the drain whoever waits for a load is told, and the worker that was loading has gone."""
+    running = server({"a": EchoOptions(load_seconds=60)}, server={"drain_seconds": 0.3})
+    async with connect(running) as client, anyio.create_task_group() as tasks:
+
+        async def wait() -> None:
+            check_error(await ask(client, "a", "hello"), 503, "draining")
+
+        tasks.start_soon(wait)
+        await until(lambda: commands(running), lambda shown: "--echo" in shown)
+        running.process.terminate()
+        await ended(running, 4)
+    check_nothing_left(running)
+
+
+async def test_an_import_in_flight_does_not_hold_up_the_end(server: StartServer) -> None:
+    """Nobody waits for the starter's import at the start: it is ended at once, and leaves no half of a model behind."""
+    running = server({}, models={"starter": True}, server={"drain_seconds": 20})
+    await until(lambda: commands(running), lambda shown: "worker.convert" in shown)
+    running.process.terminate()
+    await ended(running, 4)
+    check_nothing_left(running)
+    models = running.log.parent / "models"
+    assert [path.name for path in models.iterdir() if not path.name.endswith(".incomplete")] in ([], ["models.lock"])
+
+
+async def test_a_second_sigterm_ends_a_load_too(server: StartServer) -> None:
+    """No grace for anybody."""
+    running = server({"a": EchoOptions(load_seconds=60)}, server={"drain_seconds": 60})
+    async with connect(running) as client, anyio.create_task_group() as tasks:
+
+        async def wait() -> None:
+            with contextlib.suppress(httpx.TransportError):
+                assert (await ask(client, "a", "hello")).status_code == 503
+
+        tasks.start_soon(wait)
+        await until(lambda: commands(running), lambda shown: "--echo" in shown)
+        running.process.terminate()
+        await until_status(client, lambda shown: shown["draining"])
+        running.process.terminate()
+        await ended(running, 2)
+    check_nothing_left(running)
+
+
+def test_a_server_with_a_dead_part_ends_loudly(tmp_path: Path) -> None:
+    """A background task that fails, here for want of a program to start, ends the server: exit code 1, and why."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        json.dumps({"server": {"port": 0}, "models": {"models_directory": str(tmp_path / "models"), "starter": False}})
+    )
+    start = (
+        "import sys; from opta_lmx.cli import main; sys.executable = '/nowhere/python'; "
+        f"sys.exit(main(['serve', '--config', {str(config)!r}]))"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", start],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    assert finished.returncode == 1, finished.stderr
+    lines = [json.loads(line) for line in finished.stderr.splitlines()]
+    [failure] = [line for line in lines if line["level"] == "critical"]
+    assert (failure["event"], failure["task"]) == ("task_failed", "WorkerSpawner.warm")
+    assert "FileNotFoundError: No such file or directory" in failure["exception"]
+    assert lines[-1] | {"event": "server_stopped", "exit_code": 1} == lines[-1]
 
 
 async def stream_until_cut(client: httpx.AsyncClient, begun: anyio.Event) -> None:

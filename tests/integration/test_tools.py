@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from tokenizers import Tokenizer
 
-from opta_lmx.types import JsonObject
+from opta_lmx.types import EchoOptions, JsonObject
 from tests.contract.answers import assembled
 from tests.integration.chatting import chat, check_error, connect, stream
 from tests.integration.conftest import StartServer
@@ -153,3 +154,74 @@ async def test_a_schema_that_cannot_be_enforced_is_refused_by_name(server: Start
         assert error["param"] == "tools[2].function.parameters"
         assert "Invalid schema for function 'bad': " in error["message"]
         assert (await client.post("/v1/chat/completions", json=chat("thinker", "x", **asked))).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+async def test_a_form_holds_with_and_without_thinking_and_tools(
+    server: StartServer, thinker: Path, kind: str, subtests: pytest.Subtests
+) -> None:
+    """The content is a document of that form and nothing else, whatever stands beside it; streamed as well as whole."""
+    schema = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
+    form: JsonObject = {"type": kind} | (
+        {"json_schema": {"name": "n", "schema": schema}} if kind != "json_object" else {}
+    )
+    vocabulary = Tokenizer.from_file(str(thinker / "tokenizer.json"))
+    # Random weights would talk for ever: they are drawn to the end of an object, and away from a call.
+    bias = {str(vocabulary.token_to_id("}")): 30, str(vocabulary.token_to_id("<tool_call>")): -100}
+    ways: dict[str, JsonObject] = {"thinking": {"thinking_budget": 5}, "no thinking": {"reasoning_effort": "none"}}
+    tools: dict[str, JsonObject] = {
+        "no tools": {},
+        "tools": {"tools": TOOLS},
+        "no choice": {"tools": TOOLS, "tool_choice": "none"},
+    }
+    async with connect(server({"thinker": thinker})) as client:
+        for way, offer in product(ways, tools):
+            with subtests.test(way=way, tools=offer):
+                asked = {"response_format": form, "logit_bias": bias, "max_tokens": 200, **ways[way], **tools[offer]}
+                answer = await whole(client, "thinker", **asked, seed=3)
+                [choice] = answer["choices"]
+                assert choice["finish_reason"] == "stop"
+                document = json.loads(choice["message"]["content"])
+                jsonschema.validate(document, schema if kind == "json_schema" else {"type": "object"})
+                thought = answer["usage"]["completion_tokens_details"]["reasoning_tokens"]
+                assert 0 < thought <= 6 if way == "thinking" else thought == 0
+                body = chat("thinker", "What is the weather?", **asked, seed=3, stream_options={"include_usage": True})
+                streamed = await stream(client, body)
+                built = assembled([choice for event in streamed.events for choice in event["choices"]])
+                assert built.message == choice["message"]
+                assert streamed.events[-1]["usage"] == answer["usage"]
+
+
+async def test_the_settings_say_how_a_model_writes(server: StartServer, thinker: Path) -> None:
+    """A model's own formats give way to those set for it, and these to a preset's."""
+    running = server(
+        {"echo": EchoOptions(), "thinker": thinker},
+        models={
+            "per_model": {"echo": {"tool_format": "hermes"}},
+            "presets": {
+                "mistral": {"model": "echo", "tool_format": "mistral"},
+                "plain": {"model": "echo", "tool_format": "none"},
+                "open": {"model": "thinker", "reasoning_format": "none"},
+            },
+        },
+    )
+    hermes = '<tool_call>{"name": "get_time", "arguments": {}}</tool_call>'
+    mistral = '[TOOL_CALLS]get_time{"a": 1}'
+    async with connect(running) as client:
+
+        async def message(model: str, text: str, **fields: Any) -> JsonObject:
+            body = chat(model, text, tools=TOOLS, **fields)
+            answer: JsonObject = (await client.post("/v1/chat/completions", json=body)).json()
+            return without_ids(answer["choices"][0]["message"])
+
+        assert (await message("echo", hermes))["tool_calls"] == [{"name": "get_time", "arguments": "{}"}]
+        assert (await message("echo", mistral))["content"] == mistral
+        assert (await message("mistral", mistral))["tool_calls"] == [{"name": "get_time", "arguments": '{"a": 1}'}]
+        assert (await message("mistral", hermes))["content"] == hermes
+        assert (await message("plain", hermes))["content"] == hermes
+        think = {"max_tokens": 6, "min_tokens": 6, "seed": 1}
+        thought = await message("thinker", "x", **think)
+        assert (bool(thought["reasoning"]), thought["content"]) == (True, "")
+        said = await message("open", "x", **think)
+        assert said["content"]
+        assert "reasoning" not in said

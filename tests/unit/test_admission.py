@@ -49,6 +49,28 @@ async def test_slots_go_first_come_first_served() -> None:
     assert admission.depths() == (0, 0)
 
 
+async def test_bounds_can_change_under_those_who_are_there() -> None:
+    """More room is used at once; less sends nobody away, and nobody enters until it is kept."""
+    admission = Admission("m", 1, 2)
+    slots = [await admission.enter()]
+    async with asyncio.TaskGroup() as group:
+        waiting = [group.create_task(admission.enter()) for _ in range(2)]
+        await settle()
+        assert admission.depths() == (1, 2)
+        admission.reconfigure(2, 0)
+        await settle()
+        assert admission.depths() == (2, 1)
+        admission.reconfigure(1, 0)
+        slots.pop().release()
+        await settle()
+        assert admission.depths() == (1, 1)
+        with pytest.raises(QueueFull):
+            await admission.enter()
+        waiting[0].result().release()
+    waiting[1].result().release()
+    assert admission.depths() == (0, 0)
+
+
 async def test_nobody_overtakes_the_queue() -> None:
     """A slot that has been handed over but not yet picked up is taken: a newcomer waits behind."""
     admission = Admission("m", 1, 2)

@@ -13,7 +13,7 @@ def plan(verdict: str = "fits", *, total: float = 100, weights: float = 20, used
     """A machine with a cap of 90 %, 10 GiB reserved; a model with 1 GiB of worker, 4 of KV and 5 of prefix cache."""
     need, limit = weights + 10, total * 0.9
     sizes = {"total": total, "limit": limit, "used": used, "reserved": 10, "free": limit - used - 10, "need": need}
-    sizes |= {"weights": weights, "overhead": 1, "kv": 4, "prefix_cache": 5}
+    sizes |= {"weights": weights, "overhead": 1, "kv": 4, "prefix_cache": 5, "buffer": 0}
     found: dict[str, Any] = {f"{name}_bytes": int(size * GIB) for name, size in sizes.items()}
     return found | {"model_id": "m", "verdict": verdict, "would_evict": ["x", "y"]}
 
@@ -30,6 +30,7 @@ def test_every_part_has_its_share_and_its_name() -> None:
         "  o  worker            1.00 GiB",
         "  K  KV cache          4.00 GiB",
         "  P  prefix cache      5.00 GiB",
+        "  b  buffers           0.00 GiB",
         "  .  free             20.00 GiB",
         "  |  cap              90.00 GiB  90 % of 100.00 GiB",
     ]

@@ -4,10 +4,11 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ class FakeServer:
     status: int = 200
     body: bytes = b"{}"
     interrupt: bool = False
+    # What is answered only once something else has been.
+    slow: str = ""
+    others: threading.Event = field(default_factory=threading.Event)
     seen: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
 
     def answer(self, body: object, status: int = 200) -> None:
@@ -50,6 +54,10 @@ def server() -> Iterator[FakeServer]:
             length = int(self.headers.get("Content-Length", 0))
             sent = json.loads(self.rfile.read(length)) if length else None
             fake.seen.append((f"{self.command} {self.path}", dict(self.headers.items()), sent))
+            if fake.seen[-1][0] == fake.slow:
+                fake.others.wait(timeout=10)
+            else:
+                fake.others.set()
             if fake.interrupt:
                 os.kill(os.getpid(), signal.SIGINT)
                 return
@@ -67,7 +75,7 @@ def server() -> Iterator[FakeServer]:
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         fake.url = f"http://127.0.0.1:{http.server_port}"
@@ -95,6 +103,22 @@ def test_ls_prints_a_table(server: FakeServer, capsys: pytest.CaptureFixture[str
         "tiny  1000 B      2048            no",
     ]
     assert server.seen[0][0] == "GET /admin/models/available"
+
+
+def test_a_terminal_shows_the_import_that_a_load_waits_for(
+    server: FakeServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the load is unanswered, each look at the server's imports is one line in the place of the last."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    imports = [{"model_id": "a/b", "done_bytes": 2**20, "total_bytes": 2**22}]
+    server.answer({"imports": imports, "time_to_load_ms": 1500.0})
+    server.slow = "POST /admin/models/load"
+    assert main(["load", "a/b", "--url", server.url]) == ExitCode.DONE
+    output = capsys.readouterr()
+    assert output.out == "a/b loaded in 1.5 s\n"
+    lines = output.err.split("\r\x1b[K")
+    assert (lines[1], lines[-1]) == ("importing a/b  25%  1.0 MiB of 4.0 MiB", "")
 
 
 def test_ps_without_models_prints_nothing(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +200,7 @@ def test_a_lease_is_the_users_unless_said(server: FakeServer, monkeypatch: pytes
 def test_plan_draws_memory(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     """plan posts the model and its context, and prints a plain bar where there is no terminal."""
     gib = 2**30
-    plan = dict.fromkeys(("overhead_bytes", "kv_bytes", "prefix_cache_bytes", "reserved_bytes"), 0)
+    plan = dict.fromkeys(("overhead_bytes", "kv_bytes", "prefix_cache_bytes", "buffer_bytes", "reserved_bytes"), 0)
     plan |= {"total_bytes": 10 * gib, "limit_bytes": 9 * gib, "used_bytes": gib, "weights_bytes": 2 * gib}
     plan |= {"need_bytes": 2 * gib, "free_bytes": 8 * gib}
     server.answer({**plan, "model_id": "m", "verdict": "fits", "would_evict": []})

@@ -41,7 +41,7 @@ def load_error(directory: Path, text: str, environ: Mapping[str, str] | None = N
             "models:\n  per_model:\n    a/b:\n      ttl: 5\n",
             4,
             "models.per_model.a/b.ttl",
-            "unknown key; known here: ttl_seconds, context_length, kv_bits, pinned",
+            "unknown key; known here: ttl_seconds, context_length, kv_bits, tool_format, reasoning_format, pinned",
         ),
         (
             "scheduling:\n  prefix_cache:\n    ram_byte: 1\n",
@@ -60,6 +60,12 @@ def load_error(directory: Path, text: str, environ: Mapping[str, str] | None = N
         ("models:\n  aliases:\n    7: a\n", 3, "models.aliases.7", "should be text; put it in quotes"),
         ("models:\n  presets:\n    p: {}\n", 3, "models.presets.p.model", "is missing"),
         ("models:\n  per_model:\n    m: {kv_bits: 5}\n", 3, "models.per_model.m.kv_bits", "should be 4 or 8"),
+        (
+            "models:\n  presets:\n    p: {model: m, reasoning_format: klingon}\n",
+            3,
+            "models.presets.p.reasoning_format",
+            "should be 'command', 'gemma', 'harmony', 'mistral', 'seed', 'think' or 'none'",
+        ),
         ("server:\n\n  port: 65536\n", 3, "server.port", "should be less than or equal to 65535"),
         ("memory: {max_memory_percent: 0}\n", 1, "memory.max_memory_percent", "should be greater than or equal to 1"),
         ("server: {drain_seconds: .nan}\n", 1, "server.drain_seconds", "should be a finite number"),

@@ -6,6 +6,7 @@ from opta_lmx.config_models import Preset
 from opta_lmx.errors import (
     Draining,
     GenerationFailed,
+    GenerationStalled,
     InvalidRequest,
     LmxError,
     LoadFailed,
@@ -332,3 +333,28 @@ async def test_requests_load_models_only_if_they_may(jit: bool) -> None:
         await it.opened()
         assert it.rooms.may_load is jit
         it.stream.push(LAST)
+
+
+async def test_a_silent_worker_ends_the_request_and_not_its_slot() -> None:
+    """Its caller is told after the time for silence, counted from the last token; the slot waits for the worker."""
+    async with house() as it:
+        caller = await it.open()
+        it.engine.step(0)
+        it.engine.step(299)
+        assert not caller.done()
+        it.engine.step(300)
+        await settle()
+        assert isinstance(caller.result(), GenerationStalled)
+        assert it.worker.cancels
+        assert (it.depths, it.rooms.leases) == ((1, 0), 1)
+        it.stream.push(GONE)
+        it.check_nothing_held()
+
+        generation = await it.opened()
+        it.engine.step(1000)
+        it.stream.push(Delta(0, "more", 1))
+        it.engine.step(1299)
+        it.engine.step(1599)
+        with pytest.raises(GenerationStalled):
+            await read(generation)
+        it.stream.push(GONE)

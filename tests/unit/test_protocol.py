@@ -26,6 +26,7 @@ from opta_lmx.types import (
     ChatPrompt,
     Delta,
     EchoOptions,
+    EncodedPrompt,
     FinishReason,
     LoadOptions,
     ModelFacts,
@@ -34,6 +35,7 @@ from opta_lmx.types import (
     TextPrompt,
     TokenLogprob,
     TokenPrompt,
+    encode_prompt,
 )
 
 # Every frame with every field set to something that is not its default.
@@ -160,3 +162,14 @@ def test_a_frame_with_wrong_fields_is_a_protocol_error(fields: dict[str, object]
     """A field that is missing or of the wrong type ends the conversation, it is not guessed at."""
     with pytest.raises(ProtocolError):
         decode_from_server(msgspec.msgpack.encode({"type": "cancel", **fields}))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 1000])
+def test_a_prompt_in_pieces_makes_the_same_frame(size: int) -> None:
+    """Cut anywhere, put around by its frame, it reads as the frame that held it; the rest may hold any bytes."""
+    prompt = ChatPrompt([{"role": "user", "content": "\u00c1" * size}])
+    frame = protocol.Generate(7, "r", prompt, _SAMPLING, Structured("regex", "\u00c1" * 16), 99)
+    whole = encode_prompt(prompt)
+    pieces = tuple(whole[at : at + 10] for at in range(0, len(whole), 10))
+    without = msgspec.structs.replace(frame, prompt=TextPrompt(""))
+    assert b"".join(protocol.encode_around(without, EncodedPrompt(pieces))) == encode(frame)

@@ -77,6 +77,12 @@ def test_every_truncation_is_refused(cut: int, tmp_path_factory: pytest.TempPath
         (b"\xff\xfe{}", b"", "not a table of tensors"),
         (b'{"x": ' + b"[" * 100_000, b"", "not a table of tensors"),
         (b"{", b"", "not a table of tensors"),
+        (b'{"x": %s, "x": %s}' % ((json.dumps(U8).encode(),) * 2), b"abcd", "'x' stands in it twice"),
+        (
+            b'{"x": {"dtype": "U8", "dtype": "I8", "shape": [4], "data_offsets": [0, 4]}}',
+            b"abcd",
+            "'dtype' stands in it",
+        ),
     ],
 )
 def test_bad_headers_are_refused(header: Any, data: bytes, reason: str, tmp_path: Path) -> None:

@@ -1,14 +1,15 @@
 """Who may call: keys for the inference API and one for administration."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hmac import compare_digest
 from itertools import product
 
+from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from opta_lmx.api.errors import error_response
-from opta_lmx.config import SecurityConfig
+from opta_lmx.config import Config
 from opta_lmx.errors import AccessDenied
 
 # A monitor must be able to tell a live server from a dead one without a key.
@@ -21,10 +22,9 @@ class KeyCheck:
     A key is taken from ``Authorization: Bearer``, ``x-api-key`` (/v1, /api) or ``X-Admin-Key`` (/admin).
     """
 
-    def __init__(self, app: ASGIApp, security: SecurityConfig) -> None:
+    def __init__(self, app: ASGIApp, current: Callable[[], Config]) -> None:
         self._app = app
-        self._api_keys = [key.get_secret_value().encode() for key in security.api_keys]
-        self._admin_keys = [security.admin_key.get_secret_value().encode()] if security.admin_key else []
+        self._current = current
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -42,12 +42,17 @@ class KeyCheck:
 
     def _guard(self, path: str) -> tuple[list[bytes], str]:
         """The keys that open ``path`` (none: open), and the header beside Authorization that may carry one."""
+        security = self._current().security
         room = path.split("/", 2)[1] if path.startswith("/") else ""
         if room in ("v1", "api"):
-            return self._api_keys, "x-api-key"
+            return _encoded(security.api_keys), "x-api-key"
         if room == "admin" and path != _OPEN_PATH:
-            return self._admin_keys, "x-admin-key"
+            return _encoded([security.admin_key] if security.admin_key else []), "x-admin-key"
         return [], ""
+
+
+def _encoded(keys: Iterable[SecretStr]) -> list[bytes]:
+    return [key.get_secret_value().encode() for key in keys]
 
 
 def _presented(headers: Headers, header: str) -> list[bytes]:

@@ -25,11 +25,58 @@ class BodyTooLarge(lmx.RequestRejected):
         self.limit_bytes = limit_bytes
 
 
+class HostNotAllowed(lmx.RequestRejected):
+    """The server is not called by this name: a page of another site may have been given our address under its own."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(
+            f"This server does not answer to the host name {host[:200]!r}; server.allowed_hosts names those it does."
+        )
+
+
+class OriginNotAllowed(lmx.RequestRejected):
+    """A browser sent this for a page of another site."""
+
+    def __init__(self, origin: str) -> None:
+        super().__init__(
+            f"Pages of {origin[:200]!r} may not use this server; server.cors_origins names those that may."
+        )
+
+
+class UnreadableRequest(lmx.RequestRejected):
+    """What arrived is no HTTP request, or one that names its host never or twice."""
+
+
+class HeadTooLarge(lmx.RequestRejected):
+    """The request line and the headers are larger, or more, than the server takes."""
+
+    def __init__(self, limit_bytes: int, limit_fields: int) -> None:
+        super().__init__(
+            f"The request's headers are larger than {limit_bytes:,} bytes together, or more than {limit_fields}."
+        )
+
+
+class RequestTooSlow(lmx.RequestRejected):
+    """The client did not send the rest of its request in time."""
+
+    def __init__(self, limit_seconds: float) -> None:
+        super().__init__(f"The request did not arrive in full within {limit_seconds:g} seconds.")
+
+
+class TooManyConnections(lmx.Busy):
+    """As many connections are open as the server allows."""
+
+    def __init__(self) -> None:
+        super().__init__("Too many connections are open. Try again later.")
+
+
 class UnknownRoute(lmx.RequestRejected):
     """No route has this path, of which 200 characters are shown."""
 
     def __init__(self, method: str, path: str) -> None:
-        super().__init__(f"Invalid URL ({method} {path[:200]})")
+        # What cannot be seen is written out: an error is read in terminals and logs.
+        seen = (char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in path[:200])
+        super().__init__(f"Invalid URL ({method} {''.join(seen)})")
 
 
 class WrongMethod(lmx.RequestRejected):
@@ -68,8 +115,15 @@ TABLE: Mapping[type[Exception], Row] = {
     lmx.UnsupportedParameter: Row(400, _REQUEST, "unsupported_parameter"),
     lmx.ModelNotFound: Row(404, _REQUEST, "model_not_found"),
     lmx.LeaseNotFound: Row(404, _REQUEST, "lease_not_found"),
+    lmx.DownloadNotFound: Row(404, _REQUEST, "download_not_found"),
     lmx.ContextTooLong: Row(400, _REQUEST, "context_length_exceeded"),
     BodyTooLarge: Row(413, _REQUEST),
+    HostNotAllowed: Row(403, _REQUEST, "host_not_allowed"),
+    OriginNotAllowed: Row(403, _REQUEST, "origin_not_allowed"),
+    UnreadableRequest: Row(400, _REQUEST),
+    HeadTooLarge: Row(431, _REQUEST),
+    RequestTooSlow: Row(408, _REQUEST, "request_timeout"),
+    TooManyConnections: Row(503, _SERVER, "overloaded"),
     UnknownRoute: Row(404, _REQUEST),
     WrongMethod: Row(405, _REQUEST, "method_not_supported"),
     lmx.AccessDenied: Row(401, _REQUEST, "invalid_api_key"),
@@ -88,6 +142,8 @@ TABLE: Mapping[type[Exception], Row] = {
     lmx.WorkerLost: Row(503, _SERVER, "worker_lost", after_seconds=1),
     # The same request would most likely fail in the same place again.
     lmx.GenerationFailed: Row(500, _SERVER, retry=False),
+    # A client that repeats it by itself would wait as long again.
+    lmx.GenerationStalled: Row(504, _SERVER, "generation_stalled", retry=False),
     lmx.DownloadError: Row(502, _SERVER, "download_failed"),
     # Met by requests too, when a file on disk has changed: as permanent as a failed load.
     lmx.IntegrityMismatch: Row(422, _REQUEST, "integrity_mismatch", retry=False),

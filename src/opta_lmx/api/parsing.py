@@ -6,8 +6,8 @@ values of single fields is found next, in ``validation.py``.
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, Final, TypeVar
+from collections.abc import Iterator
+from typing import Any, Final
 
 import msgspec
 from anyio import to_thread
@@ -33,7 +33,6 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Path = tuple[str | int, ...]
-Result = TypeVar("Result")
 
 
 async def read_object(request: Request) -> JsonObject:
@@ -42,26 +41,29 @@ async def read_object(request: Request) -> JsonObject:
     Raises BodyTooLarge past ``server.max_body_bytes`` (without reading further), InvalidRequest for anything but an
     object of JSON in UTF-8, and starlette's ClientDisconnect if the client leaves meanwhile.
     """
-    return parse_object(await read_body(request))
+    body = b"".join(await read_pieces(request))
+    return parse_object(body) if is_quick(body) else await to_thread.run_sync(parse_object, body)
 
 
-async def read_body(request: Request) -> bytes:
+async def read_pieces(request: Request) -> list[bytes]:
     """The request's body as it came; raises BodyTooLarge past ``server.max_body_bytes``, without reading further."""
     limit_bytes: int = request.app.state.services.config.server.max_body_bytes
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit_bytes:
         raise BodyTooLarge(limit_bytes)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
+    pieces: list[bytes] = []
+    size_bytes = 0
+    async for piece in request.stream():
+        pieces.append(piece)
+        size_bytes += len(piece)
+        if size_bytes > limit_bytes:
             raise BodyTooLarge(limit_bytes)
-    return bytes(body)
+    return pieces
 
 
-async def beside_others(work: Callable[[], Result], body: bytes) -> Result:
-    """The outcome of ``work`` on a body, in a thread if the body is so large that others would wait for it."""
-    return work() if len(body) <= _QUICK_BYTES else await to_thread.run_sync(work)
+def is_quick(*pieces: bytes) -> bool:
+    """True if a body of these pieces is so small that nobody waits long while it is understood."""
+    return sum(map(len, pieces)) <= _QUICK_BYTES
 
 
 def parse_object(body: bytes) -> JsonObject:

@@ -7,20 +7,21 @@ from uuid import uuid4
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Lifespan
 
 from opta_lmx import __version__
-from opta_lmx.api.admin import config, downloads, leases, metrics, plan
+from opta_lmx.api import docs
+from opta_lmx.api.admin import config, downloads, events, leases, metrics, plan
 from opta_lmx.api.admin import models as admin_models
 from opta_lmx.api.admin import status as admin_status
 from opta_lmx.api.admin.wire import LeaseRequest, ModelRequest, PlanRequest, UnloadRequest, VerifyRequest
 from opta_lmx.api.admin.wire_downloads import DownloadRequest
 from opta_lmx.api.auth import KeyCheck
 from opta_lmx.api.errors import UnknownRoute, WrongMethod, error_response
-from opta_lmx.api.middleware import RequestIds
+from opta_lmx.api.hosts import HostCheck
+from opta_lmx.api.middleware import Cors, PlainPaths, RequestIds
 from opta_lmx.api.openai import chat, completions, embeddings, models, rerank
 from opta_lmx.api.openai.wire import ChatRequest
 from opta_lmx.api.openai.wire_text import CompletionRequest, EmbeddingsRequest, RerankRequest
@@ -41,14 +42,14 @@ def build_app(
     wall: Callable[[], float] = time.time,
 ) -> FastAPI:
     """The application over ``services``, which hang on ``app.state``; ``wall`` (seconds) dates answers."""
-    docs = services.config.server.docs
     app = FastAPI(
         title="Opta-LMX",
         version=__version__,
         description="Local inference with the OpenAI API, and its administration.",
-        docs_url="/docs" if docs else None,
+        # A page of our own (``docs.py``).
+        docs_url=None,
         redoc_url=None,
-        openapi_url="/openapi.json" if docs else None,
+        openapi_url="/openapi.json" if services.config.server.docs else None,
         # A redirect would turn a POST to a misspelt path into a GET.
         redirect_slashes=False,
         responses=ERRORS,
@@ -72,30 +73,37 @@ def build_app(
         leases,
         plan,
         downloads,
+        events,
         admin_models,
     )
     for routes in rooms:
         app.include_router(routes.router)
+    if services.config.server.docs:
+        app.include_router(docs.router)
     inference_shapes = (ChatRequest, CompletionRequest, EmbeddingsRequest, RerankRequest)
     describe(
-        app, [*inference_shapes, ModelRequest, UnloadRequest, PlanRequest, VerifyRequest, LeaseRequest, DownloadRequest]
+        app,
+        [*inference_shapes, ModelRequest, UnloadRequest, PlanRequest, VerifyRequest, LeaseRequest, DownloadRequest],
+        services.config.security,
     )
     _handle_errors(app)
-    _add_middleware(app, services.config, new_id)
+    _add_middleware(app, services, new_id)
     return app
 
 
-def _add_middleware(app: FastAPI, config: Config, new_id: Callable[[], str]) -> None:
-    """From the inside out: a preflight needs no key, and every answer has an id."""
-    app.add_middleware(KeyCheck, security=config.security)
-    if config.server.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(config.server.cors_origins),
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "x-lmx-cache", "retry-after"],
-        )
+def _add_middleware(app: FastAPI, services: Services, new_id: Callable[[], str]) -> None:
+    """From the inside out: a preflight needs no key, and every answer has an id.
+
+    Each reads the settings of the moment, so that a reload reaches it.
+    """
+
+    def current() -> Config:
+        return services.config
+
+    app.add_middleware(PlainPaths)
+    app.add_middleware(KeyCheck, current=current)
+    app.add_middleware(Cors, current=current)
+    app.add_middleware(HostCheck, current=current)
     app.add_middleware(RequestIds, new_id=new_id)
 
 

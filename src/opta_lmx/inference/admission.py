@@ -69,6 +69,11 @@ class Admission:
             raise
         return Slot(self._leave)
 
+    def reconfigure(self, max_running: int, max_waiting: int) -> None:
+        """Take changed bounds. Those who run or wait already are sent away by neither."""
+        self._max_running, self._max_waiting = max_running, max_waiting
+        self._call_up()
+
     def depths(self) -> tuple[int, int]:
         """Requests that run, and requests that wait."""
         return self._running, len(self._waiting)
@@ -83,14 +88,18 @@ class Admission:
         return min(max(mean, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
 
     def _leave(self) -> None:
-        if self._running == self._max_running:
+        if self._running >= self._max_running:
             self._releases.append(self._now())
         else:
             self._releases.clear()
-        while self._waiting:
+        self._running -= 1
+        self._call_up()
+
+    def _call_up(self) -> None:
+        """Those first in line run, as far as there is room."""
+        while self._waiting and self._running < self._max_running:
             turn = next(iter(self._waiting))
             del self._waiting[turn]
             if not turn.done():
+                self._running += 1
                 turn.set_result(None)
-                return
-        self._running -= 1

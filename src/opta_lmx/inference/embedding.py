@@ -1,4 +1,6 @@
-"""What an encoder can be asked, free of any dialect. ``model`` is the name the client used."""
+"""What an encoder can be asked, free of any dialect. ``model`` is the name the client used, ``ttl_seconds`` as in
+GenerateRequest.
+"""
 
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ class EmbedRequest:
     model: str
     inputs: tuple[TextPrompt | TokenPrompt, ...]
     dimensions: int | None = None
+    ttl_seconds: float | None = None
 
     def frame(self, id: int) -> Embed:
         """The request as request ``id`` of one pipe."""
@@ -28,6 +31,7 @@ class RankRequest:
     model: str
     query: str
     documents: tuple[str, ...]
+    ttl_seconds: float | None = None
 
     def frame(self, id: int) -> Rank:
         """The request as request ``id`` of one pipe."""

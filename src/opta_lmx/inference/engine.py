@@ -13,7 +13,15 @@ from typing import TypeVar
 
 from opta_lmx.config import Config
 from opta_lmx.config_models import Preset
-from opta_lmx.errors import Draining, InvalidRequest, LmxError, ModelNotFound, UnsupportedParameter, WorkerLost
+from opta_lmx.errors import (
+    Draining,
+    GenerationStalled,
+    InvalidRequest,
+    LmxError,
+    ModelNotFound,
+    UnsupportedParameter,
+    WorkerLost,
+)
 from opta_lmx.inference.admission import Admission, Slot
 from opta_lmx.inference.embedding import EmbedRequest, RankRequest
 from opta_lmx.inference.protocol import Embedded, Ranked
@@ -43,10 +51,11 @@ Result = TypeVar("Result")
 class Generation:
     """One request under way: iterate for lists of deltas, everything that has arrived since the last look."""
 
-    def __init__(self, model_id: str, worker: WorkerClient, stream: WorkerStream, timeline: Timeline) -> None:
+    def __init__(self, lease: Lease, request: GenerateRequest, stream: WorkerStream, timeline: Timeline) -> None:
         self.request_id = timeline.request_id
-        self.model_id = model_id
-        self._worker = worker
+        self.model_id = lease.model_id
+        self._worker = _worker(lease)
+        self._request = request
         self._stream = stream
         self._timeline = timeline
 
@@ -62,8 +71,8 @@ class Generation:
 
     @property
     def facts(self) -> ModelFacts:
-        """What the worker knows of its model."""
-        return self._worker.facts
+        """What the worker knows of its model, and what the request says of its formats."""
+        return self._worker.facts.as_wanted(self._request.tool_format, self._request.reasoning_format)
 
     @property
     def starts_in_reasoning(self) -> bool:
@@ -109,7 +118,7 @@ class InferenceEngine:
         self._now = now
         self._admissions: dict[str, Admission] = {}
         self._looked_at = -_LOOK_AGAIN_SECONDS
-        self._open = 0
+        self._open: set[_Held] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -129,6 +138,19 @@ class InferenceEngine:
         answer = await self._enter(request, partial(self._answer, request), encoder=True)
         assert isinstance(answer, Ranked)
         return answer
+
+    def step(self, now: float) -> None:
+        """End as failed what has had no new token for too long. Run it once a second."""
+        limit = self._config.server.request_inactivity_seconds
+        for held in self._open:
+            if held.silent_seconds(now) >= limit:
+                held.give_up(limit)
+
+    def reconfigure(self, config: Config) -> None:
+        """Take changed settings; requests that are open keep what they were told."""
+        self._config = config
+        for admission in self._admissions.values():
+            admission.reconfigure(config.scheduling.max_running, config.scheduling.max_waiting)
 
     async def idle(self) -> None:
         """Wait until no request is open."""
@@ -204,8 +226,11 @@ class InferenceEngine:
 
     def preset(self, name: str) -> Preset | None:
         """The preset a name stands for, directly or by an alias; None for a plain model."""
-        found = preset_behind(name, *self._names())
-        return self._config.models.presets[found] if found is not None else None
+        return self.preset_finder()(name)
+
+    def preset_finder(self) -> Callable[[str], Preset | None]:
+        """``preset`` as of now, in a form that another process can be given."""
+        return partial(_find_preset, self._names(), dict(self._config.models.presets))
 
     def _names(self) -> tuple[list[str], Mapping[str, str], dict[str, str]]:
         models = self._config.models
@@ -233,8 +258,8 @@ class InferenceEngine:
         """Give back what an open request held, and say how it went."""
         if held.slot is not None:
             held.slot.release()
-        self._open -= 1
-        if self._open == 0:
+        self._open.discard(held)
+        if not self._open:
             self._idle.set()
         _log.info("request_finished", **held.finish())
 
@@ -248,7 +273,7 @@ class InferenceEngine:
         """Pass the door, then attempt with a lease; once more if the worker dies meanwhile."""
         choices = request.sampling.n if isinstance(request, GenerateRequest) else 0
         held = _Held(Timeline(self._requests, request.request_id, choices, self._now))
-        self._open += 1
+        self._open.add(held)
         self._idle.clear()
         try:
             model_id = self._admit_name(request.model)
@@ -258,7 +283,8 @@ class InferenceEngine:
             files = await self._models.ensure_local(model_id)
             _check_task(files, encoder=encoder)
             for starts in range(1, _STARTS + 1):
-                lease = await self._residency.lease(files, may_load=self._config.models.jit)
+                ttl, jit = request.ttl_seconds, self._config.models.jit
+                lease = await self._residency.lease(files, ttl_seconds=ttl, may_load=jit)
                 held.timeline.leased()
                 try:
                     return await attempt(held, lease)
@@ -286,7 +312,7 @@ class InferenceEngine:
             stream.cancel()
             raise
         held.timeline.first_token(stream.completion_tokens)
-        return Generation(lease.model_id, worker, stream, held.timeline)
+        return Generation(lease, request, stream, held.timeline)
 
     async def _answer(self, request: EmbedRequest | RankRequest, held: "_Held", lease: Lease) -> Embedded | Ranked:
         try:
@@ -297,6 +323,13 @@ class InferenceEngine:
         answer = await reply.answer()
         held.timeline.prompt_tokens = answer.prompt_tokens
         return answer
+
+
+def _find_preset(
+    names: tuple[list[str], Mapping[str, str], dict[str, str]], presets: Mapping[str, Preset], name: str
+) -> Preset | None:
+    found = preset_behind(name, *names)
+    return presets[found] if found is not None else None
 
 
 def _worker(lease: Lease) -> WorkerClient:
@@ -320,6 +353,21 @@ class _Held:
         self.timeline = timeline
         self.slot: Slot | None = None
         self.asked: WorkerStream | WorkerReply | None = None
+        # How far the worker had come when it was last seen to go on, and when that was.
+        self._progress: tuple[WorkerStream | WorkerReply | None, int] = (None, 0)
+        self._since = 0.0
+
+    def silent_seconds(self, now: float) -> float:
+        """Seconds in which the worker that was asked has made no token for it, as far as these looks tell."""
+        tokens = self.asked.completion_tokens if isinstance(self.asked, WorkerStream) else 0
+        if self.asked is None or (self.asked, tokens) != self._progress:
+            self._progress, self._since = (self.asked, tokens), now
+        return now - self._since
+
+    def give_up(self, seconds: float) -> None:
+        """End it for its caller; the worker is told, and slot and lease come back when it has let go."""
+        if self.asked is not None:
+            self.asked.give_up(GenerationStalled(self.timeline.model_id or "", seconds))
 
     def at_its_end(self, act: Callable[[], None]) -> None:
         """Act once the worker is done with the request; now, if it never had it or is done already."""

@@ -12,6 +12,7 @@ import msgspec
 from opta_lmx.types import (
     CacheReport,
     Delta,
+    EncodedPrompt,
     LoadOptions,
     ModelFacts,
     Prompt,
@@ -21,7 +22,7 @@ from opta_lmx.types import (
     TokenPrompt,
 )
 
-VERSION = 3
+VERSION = 4
 
 # A frame past this is a broken peer, not a big request: the api room refuses bodies far smaller.
 MAX_FRAME_BYTES = 256 * 1024 * 1024
@@ -54,6 +55,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     sampling: SamplingParams
     structured: Structured | None = None
     context_length: int | None = None
+    tool_format: str | None = None
+    reasoning_format: str | None = None
 
 
 class Embed(msgspec.Struct, frozen=True, tag="embed"):
@@ -199,6 +202,9 @@ FromWorker: TypeAlias = (
     Hello | Ready | LoadError | Started | Refused | Failed | Embedded | Ranked | Step | KvWant | Idle
 )
 
+# 0xc1 begins nothing in msgpack, is no part of UTF-8, and of a number eight bytes at most: no frame has it so often.
+_NO_MSGPACK = b"\xc1" * 16
+
 _encoder = msgspec.msgpack.Encoder()
 _from_server: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
@@ -208,6 +214,14 @@ def encode(frame: FromServer | FromWorker) -> bytes:
     """One frame as bytes, length prefix included."""
     body = _encoder.encode(frame)
     return _LENGTH.pack(len(body)) + body
+
+
+def encode_around(frame: Generate, prompt: EncodedPrompt) -> list[bytes]:
+    """``encode`` in pieces, with ``prompt`` in the place of the frame's own, none of its pieces copied."""
+    stand_in = msgspec.structs.replace(frame, prompt=msgspec.Raw(_NO_MSGPACK))
+    before, _, after = _encoder.encode(stand_in).partition(_NO_MSGPACK)
+    length = len(before) + sum(map(len, prompt.pieces)) + len(after)
+    return [_LENGTH.pack(length) + before, *prompt.pieces, after]
 
 
 def decode_from_server(body: bytes | memoryview) -> FromServer:

@@ -29,7 +29,7 @@ from opta_lmx.inference.worker_reply import WorkerReply
 from opta_lmx.inference.worker_stream import WorkerStream
 from opta_lmx.manager.catalog import is_encoder
 from opta_lmx.monitoring.logging import get_logger
-from opta_lmx.types import GenerateRequest, LoadOptions, ModelFacts, ModelFiles, WorkerExit
+from opta_lmx.types import EncodedPrompt, GenerateRequest, LoadOptions, ModelFacts, ModelFiles, TextPrompt, WorkerExit
 
 # Imports take 2 s on an idle machine; under a full test run on two cores they have taken 20.
 _HELLO_SECONDS = 120.0
@@ -41,6 +41,9 @@ _TERM_SECONDS = 2.0
 _MEMORY_RETRY_SECONDS = 5.0
 _STDERR_TAIL_LINES = 20
 _STDERR_LINE_BYTES = 2000
+
+# Stands where an encoded prompt will.
+_NO_PROMPT = TextPrompt("")
 
 _log = get_logger("worker_client")
 
@@ -142,16 +145,21 @@ class WorkerClient(asyncio.Protocol):
 
         stream = WorkerStream(request.sampling.n, lambda: self._send(protocol.Cancel(id)), end)
         self._streams[id] = stream
-        self._send(
-            protocol.Generate(
-                id,
-                request.request_id,
-                request.prompt,
-                request.sampling,
-                request.structured,
-                request.context_length,
-            )
+        prompt = request.prompt
+        frame = protocol.Generate(
+            id,
+            request.request_id,
+            _NO_PROMPT if isinstance(prompt, EncodedPrompt) else prompt,
+            request.sampling,
+            request.structured,
+            request.context_length,
+            request.tool_format,
+            request.reasoning_format,
         )
+        if isinstance(prompt, EncodedPrompt):
+            self._send_pieces(protocol.encode_around(frame, prompt))
+        else:
+            self._send(frame)
         return stream
 
     def ask(self, frame: Callable[[int], protocol.Embed | protocol.Rank], on_end: Callable[[], None]) -> WorkerReply:
@@ -200,6 +208,11 @@ class WorkerClient(asyncio.Protocol):
     def _send(self, frame: protocol.FromServer) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(protocol.encode(frame))
+
+    def _send_pieces(self, pieces: list[bytes]) -> None:
+        """One frame; the transport keeps the pieces as they are and writes on whenever the worker has read."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.writelines(pieces)
 
     def _signal(self, number: int) -> None:
         if self.alive:

@@ -16,12 +16,8 @@ class WorkerReply:
         self._then: list[Callable[[], None]] = [on_end]
         self._answer: Embedded | Ranked | None = None
         self._error: LmxError | None = None
-        self._end = asyncio.Event()
-
-    @property
-    def ended(self) -> bool:
-        """True once nothing more will arrive."""
-        return self._end.is_set()
+        self._told = asyncio.Event()
+        self.ended = False
 
     def then(self, on_end: Callable[[], None]) -> None:
         """Have one more thing done at the end; the reply must not have ended."""
@@ -37,8 +33,15 @@ class WorkerReply:
     def fail(self, error: LmxError) -> None:
         """End with an error, told to the reader."""
         if not self.ended:
-            self._error = error
+            self._error = self._error or error
             self._finish()
+
+    def give_up(self, error: LmxError) -> None:
+        """Tell the reader ``error``, and the worker to let the request go; it ends when the worker says so or dies."""
+        if not self.ended and self._error is None:
+            self._error = error
+            self._cancel()
+            self._told.set()
 
     def cancel(self) -> None:
         """Ask the worker to let the request go."""
@@ -48,7 +51,7 @@ class WorkerReply:
     async def answer(self) -> Embedded | Ranked:
         """Wait for the answer; raises the error the request ended with. Whoever stops waiting cancels it."""
         try:
-            await self._end.wait()
+            await self._told.wait()
         except BaseException:
             self.cancel()
             raise
@@ -58,6 +61,7 @@ class WorkerReply:
         return self._answer
 
     def _finish(self) -> None:
-        self._end.set()
+        self.ended = True
+        self._told.set()
         for act in self._then:
             act()

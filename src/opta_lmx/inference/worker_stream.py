@@ -60,8 +60,15 @@ class WorkerStream:
         """End with an error, told to the reader after what arrived before it."""
         if not self.ended:
             self._open_choices = 0
-            self._error = error
+            self._error = self._error or error
             self._end()
+            self._wake()
+
+    def give_up(self, error: LmxError) -> None:
+        """Tell the reader ``error``, and the worker to let the request go; it ends when the worker says so or dies."""
+        if not self.ended and self._error is None:
+            self._error = error
+            self._cancel()
             self._wake()
 
     def cancel(self) -> None:

@@ -1,7 +1,8 @@
 """One log for the whole process: our own events and every library's, one line each, in one form.
 
 A line holds ``ts`` (ISO 8601, UTC), ``level``, ``event``, ``logger`` and what was bound or passed. Events are named
-noun_verb_past (``model_loaded``); text of prompts and answers is never passed. Values under the names of secrets
+noun_verb_past (``model_loaded``); text of prompts and answers is never passed. A traceback comes without
+the message of its exception, which may quote them. Values under the names of secrets
 are masked here, whoever logs them.
 """
 
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
-from structlog.typing import EventDict, Processor
+from structlog.typing import EventDict, ExcInfo, Processor
+
+from opta_lmx.errors import show_failure
 
 if TYPE_CHECKING:
     # A worker logs too, and need not load pydantic for it.
@@ -63,8 +66,7 @@ def configure_logging(config: "LoggingConfig") -> None:
             foreign_pre_chain=stamp,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                # Not the structured form of a traceback: that one shows local variables.
-                structlog.processors.format_exc_info,
+                structlog.processors.ExceptionRenderer(_show),
                 _finish,
                 _renderer(config.format),
             ],
@@ -86,6 +88,10 @@ def _renderer(form: str) -> Processor:
     return structlog.dev.ConsoleRenderer(
         colors=False, timestamp_key="ts", exception_formatter=structlog.dev.plain_traceback
     )
+
+
+def _show(exc_info: ExcInfo) -> str:
+    return show_failure(exc_info[1])
 
 
 def _finish(_logger: Any, _method: str, event: EventDict) -> EventDict:

@@ -38,6 +38,7 @@ _ROOMS = {
     "opta_lmx.config_fields": "config",
     "opta_lmx.config_models": "config",
     "opta_lmx.config_sources": "config",
+    "opta_lmx.config_changes": "config",
     "opta_lmx.monitoring": "monitoring",
     "opta_lmx.monitoring.logging": "logging",
     "opta_lmx.router": "router",
@@ -49,6 +50,7 @@ _ROOMS = {
     "opta_lmx.api": "api",
     "opta_lmx.service": "service",
     "opta_lmx.main": "main",
+    "opta_lmx.reload": "main",
     "opta_lmx.cli": "cli",
     "opta_lmx.__main__": "cli",
 }

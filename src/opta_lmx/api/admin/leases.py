@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 
 from opta_lmx.api.admin.models import named_model_id
 from opta_lmx.api.admin.wire import Lease, Leased, LeaseEnded, LeaseRequest, Leases
-from opta_lmx.api.openapi import request_body
+from opta_lmx.api.openapi import errors, request_body
 from opta_lmx.api.parsing import read_object
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import validate
@@ -26,7 +26,13 @@ async def list_leases(request: Request) -> Leases:
     )
 
 
-@router.post("", openapi_extra=request_body(LeaseRequest))
+@router.post(
+    "",
+    openapi_extra=request_body(
+        LeaseRequest, an_hour={"model_id": "smollm2-135m-instruct", "seconds": 3600, "owner": "nightly-report"}
+    ),
+    responses=errors(404, 409),
+)
 async def lease_model(request: Request) -> Leased:
     """Protect a model from eviction, idleness and unloading for a time; 409 unless it is loaded or being loaded."""
     wanted = validate(LeaseRequest, await read_object(request))
@@ -37,7 +43,7 @@ async def lease_model(request: Request) -> Leased:
     return Leased(lease_id=lease_id, model_id=model_id, expires_at=expires_at)
 
 
-@router.delete("/{lease_id}")
+@router.delete("/{lease_id}", responses=errors(404))
 async def end_lease(lease_id: str, request: Request) -> LeaseEnded:
     """End a lease before its time; 404 if there is none of this id, or none any more."""
     services: Services = request.app.state.services

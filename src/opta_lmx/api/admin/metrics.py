@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/admin/metrics", tags=["admin"])
 
 
-@router.get("", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@router.get("", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
 async def get_metrics(request: Request) -> Response:
     """Every metric in Prometheus's text format."""
     from opta_lmx.monitoring.metrics import CONTENT_TYPE, as_text  # noqa: PLC0415

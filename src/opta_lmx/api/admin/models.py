@@ -22,23 +22,25 @@ from opta_lmx.api.admin.wire import (
     VerifyRequest,
     to_gib,
 )
-from opta_lmx.api.openapi import request_body
+from opta_lmx.api.openapi import MODEL_ERRORS, errors, request_body
 from opta_lmx.api.parsing import read_object
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import validate
 from opta_lmx.errors import ModelNotFound
 from opta_lmx.manager.integrity import FileCheck
 from opta_lmx.manager.residency import ResidentModel
-from opta_lmx.types import ModelFiles
+from opta_lmx.types import JsonObject, ModelFiles
 
 router = APIRouter(prefix="/admin/models", tags=["admin"])
+
+_STARTER: JsonObject = {"model_id": "smollm2-135m-instruct"}
 
 
 @router.get("")
 async def list_loaded_models(request: Request) -> LoadedModels:
     """Models in memory, on their way in or out, and those that failed."""
     services: Services = request.app.state.services
-    return LoadedModels(models=[_loaded(model) for model in services.residency.snapshot()])
+    return LoadedModels(models=[loaded_model(model) for model in services.residency.snapshot()])
 
 
 @router.get("/available")
@@ -49,7 +51,7 @@ async def list_available_models(request: Request) -> AvailableModels:
     return AvailableModels(models=[_available(files) for files in services.models.list_available()])
 
 
-@router.post("/load", openapi_extra=request_body(ModelRequest))
+@router.post("/load", openapi_extra=request_body(ModelRequest, the_starter=_STARTER), responses=errors(*MODEL_ERRORS))
 async def load_model(request: Request) -> Loaded:
     """Load a model, joining a load in flight; 507 with the arithmetic if it does not fit."""
     wanted = validate(ModelRequest, await read_object(request))
@@ -63,7 +65,7 @@ async def load_model(request: Request) -> Loaded:
     )
 
 
-@router.post("/unload", openapi_extra=request_body(UnloadRequest))
+@router.post("/unload", openapi_extra=request_body(UnloadRequest, the_starter=_STARTER), responses=errors(404, 409))
 async def unload_model(request: Request) -> Unloaded:
     """Unload a model once its requests have ended, and answer when its process has gone; 409 if it is pinned."""
     wanted = validate(UnloadRequest, await read_object(request))
@@ -74,7 +76,7 @@ async def unload_model(request: Request) -> Unloaded:
     return Unloaded(model_id=result.model_id, memory_freed_gb=to_gib(result.freed_bytes))
 
 
-@router.post("/pin", openapi_extra=request_body(ModelRequest))
+@router.post("/pin", openapi_extra=request_body(ModelRequest, the_starter=_STARTER), responses=errors(404, 409))
 async def pin_model(request: Request) -> Pinned:
     """Keep a model in memory until it is unpinned; 409 unless it is loaded or being loaded."""
     wanted = validate(ModelRequest, await read_object(request))
@@ -83,7 +85,7 @@ async def pin_model(request: Request) -> Pinned:
         return Pinned(model_id=services.engine.pin_model(wanted.model_id), pinned=True)
 
 
-@router.post("/unpin", openapi_extra=request_body(ModelRequest))
+@router.post("/unpin", openapi_extra=request_body(ModelRequest, the_starter=_STARTER), responses=errors(404))
 async def unpin_model(request: Request) -> Pinned:
     """End a model's pin; done too if it had none."""
     wanted = validate(ModelRequest, await read_object(request))
@@ -92,7 +94,11 @@ async def unpin_model(request: Request) -> Pinned:
         return Pinned(model_id=services.engine.unpin_model(wanted.model_id), pinned=False)
 
 
-@router.post("/verify", openapi_extra=request_body(VerifyRequest))
+@router.post(
+    "/verify",
+    openapi_extra=request_body(VerifyRequest, the_starter=_STARTER, all_models={}),
+    responses=errors(404, 409, 422),
+)
 async def verify_models(request: Request) -> Verification:
     """Hash a model's files, or all models', and hold each against models.lock."""
     wanted = validate(VerifyRequest, await read_object(request))
@@ -112,7 +118,7 @@ async def verify_models(request: Request) -> Verification:
 
 
 # Ids contain slashes, which clients send as they are or as %2F.
-@router.delete("/{model_id:path}")
+@router.delete("/{model_id:path}", responses=errors(404, 409))
 async def delete_model(model_id: str, request: Request) -> Deleted:
     """Remove a model from the disk; 409 while it is loaded or waited for."""
     services: Services = request.app.state.services
@@ -130,7 +136,8 @@ def named_model_id() -> Iterator[None]:
         raise
 
 
-def _loaded(model: ResidentModel) -> LoadedModel:
+def loaded_model(model: ResidentModel) -> LoadedModel:
+    """A model in memory as the admin API shows it."""
     return LoadedModel(
         id=model.id,
         state=model.state,

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 
 from opta_lmx.api.admin.models import named_model_id
 from opta_lmx.api.admin.wire import PlanRequest, to_gib
-from opta_lmx.api.openapi import request_body
+from opta_lmx.api.openapi import errors, request_body
 from opta_lmx.api.parsing import read_object
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import validate
@@ -13,7 +13,11 @@ from opta_lmx.types import JsonObject
 router = APIRouter(prefix="/admin/models", tags=["admin"])
 
 
-@router.post("/plan", openapi_extra=request_body(PlanRequest))
+@router.post(
+    "/plan",
+    openapi_extra=request_body(PlanRequest, the_starter={"model_id": "smollm2-135m-instruct", "context_length": 4096}),
+    responses=errors(404, 422),
+)
 async def plan_model(request: Request) -> JsonObject:
     """What a load would need and do now; changes nothing. A refused load has the same keys in ``error.plan``."""
     wanted = validate(PlanRequest, await read_object(request))

@@ -97,6 +97,16 @@ class LoadedModels(Wire):
     models: list[LoadedModel]
 
 
+class ModelChanged(Wire):
+    """A model has come to ``state``, by a stop's ``cause`` or for a ``reason`` that nobody asked for."""
+
+    at: float
+    model_id: str
+    state: ModelState
+    cause: str | None
+    reason: str | None
+
+
 class AvailableModel(Wire):
     """A model on disk; ``problem`` says why it cannot be used, if it cannot."""
 
@@ -246,6 +256,14 @@ class ModelStatus(Wire):
     reason: str | None
 
 
+class ImportStatus(Wire):
+    """A GGUF that is being imported, in bytes of its tensors; 0 of 0 until its header has been read."""
+
+    model_id: str
+    done_bytes: int
+    total_bytes: int
+
+
 class Status(Wire):
     """The server at a glance."""
 
@@ -255,4 +273,15 @@ class Status(Wire):
     requests_running: int
     requests_waiting: int
     models: list[ModelStatus]
+    imports: list[ImportStatus]
     memory: Memory
+
+
+class ConfigReload(Wire):
+    """What a reload has changed: sections, and settings by dotted key, by when they take effect."""
+
+    success: bool
+    updated: list[str]
+    applied: list[str]
+    at_next_load: list[str]
+    restart_required: list[str]

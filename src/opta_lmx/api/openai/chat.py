@@ -2,28 +2,33 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from opta_lmx.api.disconnect import generating
+from opta_lmx.api.large_bodies import understand_apart
 from opta_lmx.api.openai.answer import AnswerHead, ChatAnswer, ChatChunks
+from opta_lmx.api.openai.chat_examples import EXAMPLES
 from opta_lmx.api.openai.messages import to_template_messages
 from opta_lmx.api.openai.sampling import filled_from, to_sampling
 from opta_lmx.api.openai.structured import to_structured
 from opta_lmx.api.openai.tools import ToolUse, to_tool_use
 from opta_lmx.api.openai.wire import ChatCompletion, ChatRequest
-from opta_lmx.api.openapi import request_body
-from opta_lmx.api.parsing import beside_others, parse_object, read_body
+from opta_lmx.api.openapi import MODEL_ERRORS, errors, event_stream, request_body
+from opta_lmx.api.parsing import is_quick, parse_object, read_pieces
 from opta_lmx.api.services import Services
 from opta_lmx.api.sse import EventStream, cache_header
 from opta_lmx.api.validation import validate, wrong_value
 from opta_lmx.config_models import Preset
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
-from opta_lmx.types import ChatPrompt, GenerateRequest, JsonObject, SamplingParams
+from opta_lmx.types import ChatPrompt, EncodedPrompt, GenerateRequest, JsonObject, SamplingParams, encode_prompt
 
 router = APIRouter()
+
+_Understood: TypeAlias = tuple[ChatRequest, ToolUse, GenerateRequest]
 
 # Not variables of a template but arguments of the function that renders one: a client must not choose the template
 # itself (it is code), nor what is done with its text.
@@ -50,15 +55,19 @@ _NOT_VARIABLES: Final = frozenset(
 @router.post(
     "/v1/chat/completions",
     tags=["OpenAI"],
-    responses={200: {"model": ChatCompletion, "content": {"text/event-stream": {}}}},
-    openapi_extra=request_body(ChatRequest),
+    responses={
+        **errors(*MODEL_ERRORS),
+        200: {
+            "model": ChatCompletion,
+            "content": event_stream('data: {"object":"chat.completion.chunk","choices":[...],...}\n\ndata: [DONE]\n\n'),
+        },
+    },
+    openapi_extra=request_body(ChatRequest, **EXAMPLES),
 )
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, whole or (`stream: true`) as server-sent events."""
     services: Services = request.app.state.services
-    body = await read_body(request)
-    understand = partial(_understand, body, request.state.request_id, services.engine.preset)
-    chat, use, wanted = await beside_others(understand, body)
+    chat, use, wanted = await _read(request, services)
     head, logprobs = _head(chat, use, request), bool(chat.logprobs)
     writer = partial(ChatChunks, head, include_usage=_include_usage(chat), logprobs=logprobs)
     if chat.stream:
@@ -71,10 +80,28 @@ async def create_chat_completion(request: Request) -> Response:
     return Response(content, headers=cache_header(generation.cache), media_type="application/json")
 
 
-def _understand(
-    body: bytes, request_id: str, preset_of: Callable[[str], Preset | None]
-) -> tuple[ChatRequest, ToolUse, GenerateRequest]:
-    """All that is done with a request before it is handed on; may run in a thread."""
+async def _read(request: Request, services: Services) -> _Understood:
+    pieces, request_id = await read_pieces(request), request.state.request_id
+    if is_quick(*pieces):
+        return _understand(request_id, services.engine.preset, b"".join(pieces))
+    apart = partial(_understand_apart, request_id, services.engine.preset_finder())
+    (chat, use, wanted), prompt = await understand_apart(apart, pieces)
+    return chat, use, msgspec.structs.replace(wanted, prompt=EncodedPrompt(prompt))
+
+
+def _understand_apart(
+    request_id: str, preset_of: Callable[[str], Preset | None], body: bytes
+) -> tuple[_Understood, bytes]:
+    """The same without the conversation, and the conversation as a worker takes it; runs in another process."""
+    chat, use, wanted = _understand(request_id, preset_of, body)
+    assert not isinstance(wanted.prompt, EncodedPrompt)
+    prompt = encode_prompt(wanted.prompt)
+    chat = chat.model_copy(update={"messages": [], "tools": None})
+    return (chat, use, msgspec.structs.replace(wanted, prompt=EncodedPrompt())), prompt
+
+
+def _understand(request_id: str, preset_of: Callable[[str], Preset | None], body: bytes) -> _Understood:
+    """All that is done with a request before it is handed on."""
     fields = parse_object(body)
     # OpenAI answers this one case in its own words, and before it looks at anything else.
     if not fields.get("model"):
@@ -106,6 +133,9 @@ def to_generate_request(
         sampling=_sampling(chat),
         structured=use.grammar() or to_structured(chat, or_call=bool(use.tools)),
         context_length=preset.context_length if preset is not None else None,
+        tool_format=preset.tool_format if preset is not None else None,
+        reasoning_format=preset.reasoning_format if preset is not None else None,
+        ttl_seconds=chat.ttl,
     )
 
 

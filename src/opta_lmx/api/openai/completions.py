@@ -14,7 +14,7 @@ from opta_lmx.api.openai.completion_answer import TextAnswer, TextChunks, TextHe
 from opta_lmx.api.openai.joint import Join, joining
 from opta_lmx.api.openai.sampling import filled_from, to_sampling
 from opta_lmx.api.openai.wire_text import Completion, CompletionRequest, read_inputs
-from opta_lmx.api.openapi import request_body
+from opta_lmx.api.openapi import MODEL_ERRORS, errors, event_stream, request_body
 from opta_lmx.api.parsing import read_object
 from opta_lmx.api.services import Services
 from opta_lmx.api.sse import EventStream, EventWriter, cache_header
@@ -22,7 +22,7 @@ from opta_lmx.api.validation import validate
 from opta_lmx.config_models import Preset
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
 from opta_lmx.inference.engine import Generation, InferenceEngine
-from opta_lmx.types import GenerateRequest, Prompt, SamplingParams, TextPrompt
+from opta_lmx.types import EncodedPrompt, GenerateRequest, Prompt, SamplingParams, TextPrompt
 
 router = APIRouter()
 
@@ -34,8 +34,18 @@ _NO_LIMIT: Final = -1
 @router.post(
     "/v1/completions",
     tags=["OpenAI"],
-    responses={200: {"model": Completion, "content": {"text/event-stream": {}}}},
-    openapi_extra=request_body(CompletionRequest),
+    responses={
+        **errors(*MODEL_ERRORS),
+        200: {
+            "model": Completion,
+            "content": event_stream('data: {"object":"text_completion","choices":[...],...}\n\ndata: [DONE]\n\n'),
+        },
+    },
+    openapi_extra=request_body(
+        CompletionRequest,
+        a_text={"model": "smollm2-135m-instruct", "prompt": "Once upon a time"},
+        several_streamed={"model": "smollm2-135m-instruct", "prompt": ["One", "Two"], "max_tokens": 8, "stream": True},
+    ),
 )
 async def create_completion(request: Request) -> Response:
     """Continue a text, or several at once, whole or (`stream: true`) as server-sent events."""
@@ -111,6 +121,7 @@ def to_generate_requests(
             prompt=prompt,
             sampling=sampling,
             context_length=preset.context_length if preset is not None else None,
+            ttl_seconds=completion.ttl,
         )
         for place, prompt in enumerate(prompts)
     ]
@@ -145,7 +156,7 @@ def _sampling(completion: CompletionRequest) -> SamplingParams:
     return to_sampling(completion, max_tokens=bound, logprobs=completion.logprobs)
 
 
-def _echo(completion: CompletionRequest, prompt: Prompt) -> str:
+def _echo(completion: CompletionRequest, prompt: Prompt | EncodedPrompt) -> str:
     """What precedes the model's words in an answer to this prompt."""
     return prompt.text if completion.echo and isinstance(prompt, TextPrompt) else ""
 

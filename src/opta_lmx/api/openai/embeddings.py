@@ -13,7 +13,7 @@ from starlette.types import Receive
 
 from opta_lmx.api.errors import json_response
 from opta_lmx.api.openai.wire_text import EmbeddingList, EmbeddingsRequest, read_inputs
-from opta_lmx.api.openapi import request_body
+from opta_lmx.api.openapi import MODEL_ERRORS, errors, request_body
 from opta_lmx.api.parsing import read_object
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import missing, validate
@@ -31,8 +31,10 @@ _FLOAT_BYTES = 4
 @router.post(
     "/v1/embeddings",
     tags=["OpenAI"],
-    responses={200: {"model": EmbeddingList}},
-    openapi_extra=request_body(EmbeddingsRequest),
+    responses={**errors(*MODEL_ERRORS), 200: {"model": EmbeddingList}},
+    openapi_extra=request_body(
+        EmbeddingsRequest, two_texts={"model": "all-minilm-l6-v2", "input": ["What is the capital of France?", "Paris"]}
+    ),
 )
 async def create_embeddings(request: Request) -> Response:
     """One vector for each input."""
@@ -68,7 +70,7 @@ def to_embed_request(embeddings: EmbeddingsRequest, request_id: str) -> EmbedReq
                 param=param,
                 code="string_below_min_length",
             )
-    return EmbedRequest(request_id, embeddings.model, tuple(inputs), embeddings.dimensions)
+    return EmbedRequest(request_id, embeddings.model, tuple(inputs), embeddings.dimensions, embeddings.ttl)
 
 
 def _parts(vectors: bytes, size: int) -> list[bytes]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from fastapi import APIRouter, Request
 
 from opta_lmx.api.openai.wire import ModelCard, ModelList
+from opta_lmx.api.openapi import errors
 from opta_lmx.api.services import Services
 from opta_lmx.errors import ModelNotFound
 from opta_lmx.types import ModelFiles, ModelState
@@ -27,7 +28,7 @@ async def list_models(request: Request) -> ModelList:
 
 
 # Ids contain slashes, which clients send as they are or as %2F.
-@router.get("/v1/models/{model_id:path}", tags=["OpenAI"])
+@router.get("/v1/models/{model_id:path}", tags=["OpenAI"], responses=errors(404))
 async def retrieve_model(model_id: str, request: Request) -> ModelCard:
     """One name a request may use."""
     services: Services = request.app.state.services

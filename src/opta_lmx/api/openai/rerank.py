@@ -6,7 +6,7 @@ from starlette.responses import Response
 from opta_lmx.api.errors import json_response
 from opta_lmx.api.openai.embeddings import while_connected
 from opta_lmx.api.openai.wire_text import RerankAnswer, RerankRequest
-from opta_lmx.api.openapi import request_body
+from opta_lmx.api.openapi import MODEL_ERRORS, errors, request_body
 from opta_lmx.api.parsing import read_object
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import validate
@@ -20,8 +20,15 @@ router = APIRouter()
 @router.post(
     "/v1/rerank",
     tags=["Rerank"],
-    responses={200: {"model": RerankAnswer}},
-    openapi_extra=request_body(RerankRequest),
+    responses={**errors(*MODEL_ERRORS), 200: {"model": RerankAnswer}},
+    openapi_extra=request_body(
+        RerankRequest,
+        two_documents={
+            "model": "all-minilm-l6-v2",
+            "query": "What is the capital of France?",
+            "documents": ["Berlin is in Germany.", "Paris is in France."],
+        },
+    ),
 )
 async def rerank(request: Request) -> Response:
     """Order documents by relevance: a cross-encoder's scores (0 to 1), or an embedding model's cosines (-1 to 1)."""
@@ -32,7 +39,7 @@ async def rerank(request: Request) -> Response:
     services: Services = request.app.state.services
     model_id = services.engine.resolve(asked.model)
     texts = tuple(document if isinstance(document, str) else document.text for document in asked.documents)
-    wanted = RankRequest(request.state.request_id, asked.model, asked.query, texts)
+    wanted = RankRequest(request.state.request_id, asked.model, asked.query, texts, asked.ttl)
     answer = await while_connected(request.receive, lambda: services.engine.rank(wanted))
     # Of equal scores the earlier document comes first.
     best = sorted(range(len(texts)), key=lambda index: -answer.scores[index])[: asked.top_n]

@@ -52,6 +52,8 @@ TokenLimit: TypeAlias = Annotated[Annotated[Integer, Field(ge=1, le=_MAX_INT32)]
 Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
 Divisor: TypeAlias = Annotated[float, Field(gt=0, le=10)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+# LM Studio's field: idle seconds before a model that this request loads is unloaded.
+Ttl: TypeAlias = Annotated[float, Field(gt=0, le=_MAX_INT32)]
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 FunctionName: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 LogitBias: TypeAlias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=10_000)]
@@ -251,6 +253,7 @@ class ChatRequest(Wire):
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     user: str | None = None
     store: bool | None = None
+    ttl: Ttl | None = None
 
 
 # -- chat answer ------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from opta_lmx.api.openai.wire import (
     Penalty,
     StreamOptions,
     Text,
+    Ttl,
     Usage,
     Wire,
 )
@@ -163,6 +164,7 @@ class CompletionRequest(Wire):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    ttl: Ttl | None = None
 
 
 class CompletionLogprobs(Wire):
@@ -206,6 +208,7 @@ class EmbeddingsRequest(Wire):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[Integer, Field(ge=1, le=_MAX_INT32)] | None = None
     user: str | None = None
+    ttl: Ttl | None = None
 
 
 class Embedding(Wire):
@@ -264,6 +267,7 @@ class RerankRequest(Wire):
     ]
     top_n: Annotated[Integer, Field(ge=1, le=_MAX_INT32)] | None = None
     return_documents: bool | None = None
+    ttl: Ttl | None = None
 
 
 class RerankResult(Wire):

@@ -13,10 +13,10 @@ import socket
 import sys
 import threading
 import time
-import traceback
+from types import TracebackType
 from typing import Literal, NoReturn
 
-from opta_lmx.errors import ContextTooLong, LoadFailed, RequestRejected, UnsupportedParameter
+from opta_lmx.errors import ContextTooLong, LoadFailed, RequestRejected, UnsupportedParameter, show_failure
 from opta_lmx.inference import protocol
 from opta_lmx.inference.worker.backend import Backend, EncoderBackend, Prepared, PreparedInputs
 
@@ -76,8 +76,8 @@ class Worker:
                         self._prepare(frame)
                     else:
                         self._inbox.put(frame)
-        except Exception:  # noqa: BLE001 - the border of the worker's loop; whatever it is, the process ends with it
-            traceback.print_exc()
+        except Exception as error:  # noqa: BLE001 - the border of the worker's loop: whatever it is, it ends the process
+            sys.stderr.write(f"{show_failure(error)}\n")
             leave(1)
 
     def run(self, backend: Backend) -> None:
@@ -182,8 +182,14 @@ def make_encoder_backend() -> Backend:
     return EmbeddingBackend()
 
 
+def die(_kind: type[BaseException], error: BaseException, _traceback: TracebackType | None) -> None:
+    """The last words of a worker go to the server's log: where it failed, and not over which text."""
+    sys.stderr.write(f"{show_failure(error)}\n")
+
+
 def main() -> NoReturn:
     """Entry point."""
+    sys.excepthook = die
     parser = argparse.ArgumentParser(prog="opta_lmx.inference.worker")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--echo", action="store_true")

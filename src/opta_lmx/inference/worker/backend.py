@@ -27,6 +27,8 @@ class Prepared:
     boundaries: tuple[int, ...] = ()
     # The prompt ends inside a block of reasoning that the template opened.
     in_reasoning: bool = False
+    # What its tokens and marks mean, in the backend's own terms.
+    speech: Any = None
 
 
 @dataclass(frozen=True, slots=True)

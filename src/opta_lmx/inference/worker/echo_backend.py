@@ -102,7 +102,7 @@ class EchoBackend:
             weights_bytes=0,
             kv_bytes_per_token=0,
             has_chat_template=True,
-        )
+        ).as_wanted(frame.options.tool_format, frame.options.reasoning_format)
 
     def prepare(self, frame: Generate) -> Prepared:
         """Tokenise a text, or the last user message of a chat, which is the whole of its template."""

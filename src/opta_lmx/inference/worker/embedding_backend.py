@@ -17,13 +17,11 @@ from opta_lmx.inference.worker.backend import Prepared, PreparedInputs, StepResu
 from opta_lmx.inference.worker.embedding_config import normalised, pool, read_sentence_config
 from opta_lmx.inference.worker.embedding_inputs import InputReader, Row, batches
 from opta_lmx.inference.worker.embedding_model import PREFIXES, Encoder, EncoderShape, read_shape
+from opta_lmx.inference.worker.limits import MemoryLimits
 from opta_lmx.inference.worker.load_errors import named_load_errors
 from opta_lmx.types import ModelFacts, TextPrompt
 
 Vectors = npt.NDArray[np.float32]
-
-# Every batch has another shape, so buffers are seldom used again.
-_BUFFER_CACHE_BYTES = 64 * 1024 * 1024
 
 _NOT_FINITE = "the model's output is not a number"
 
@@ -47,9 +45,7 @@ class EmbeddingBackend:
     def load(self, frame: Load) -> ModelFacts:
         """Load weights and tokenizer; raises LoadFailed with what is wrong with the files."""
         directory = Path(frame.path)
-        mx.set_cache_limit(_BUFFER_CACHE_BYTES)
-        if frame.options.memory_limit_bytes is not None:
-            mx.set_memory_limit(frame.options.memory_limit_bytes)
+        MemoryLimits(frame.options)
         with named_load_errors(frame.model_id):
             config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
             self._shape = shape = read_shape(config)

@@ -1,6 +1,7 @@
 """The MLX backend: vllm-mlx's loader and our scheduler over vllm-mlx's, behind the Backend protocol."""
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from opta_lmx.inference.worker.backend import Prepared, StepResult
 from opta_lmx.inference.worker.decoder import PrefixCache
 from opta_lmx.inference.worker.detokenizer import TokenTable
 from opta_lmx.inference.worker.kv_books import KvBooks
+from opta_lmx.inference.worker.limits import MemoryLimits
 from opta_lmx.inference.worker.load_errors import named_load_errors
 from opta_lmx.inference.worker.marks import Marks
 from opta_lmx.inference.worker.prefix_snapshots import PrefixSnapshots
@@ -34,9 +36,13 @@ _UNBOUNDED_CONTEXT_TOKENS = 32_768
 
 _CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "seq_length", "n_ctx")
 
-# MLX keeps freed buffers for reuse; without a bound that cache grows to the allocation limit and is never returned
-# (vllm-mlx issue 793).
-_BUFFER_CACHE_BYTES = 512 * 1024 * 1024
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """What tokens and marks mean under one pair of formats."""
+
+    table: TokenTable
+    marks: Marks
 
 
 class VllmBackend:
@@ -45,7 +51,7 @@ class VllmBackend:
     def load(self, frame: Load) -> ModelFacts:
         """Load weights and tokenizer; raises LoadFailed with what is wrong with the files."""
         directory = Path(frame.path)
-        _limit_memory(frame.options)
+        self._limits = MemoryLimits(frame.options)
         with named_load_errors(frame.model_id):
             config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
             _refuse_code(frame.model_id, config)
@@ -56,16 +62,15 @@ class VllmBackend:
         tokenizer = getattr(wrapped, "_tokenizer", wrapped)
         context = _context_length(config, frame.options)
         template = _template_text(tokenizer)
-        tool_format, reasoning_format = detect_tool_format(template), detect_reasoning_format(template)
-        self._table = TokenTable(tokenizer, keep=markers(tool_format, reasoning_format))
-        self._marks = Marks(tokenizer, self._table, tool_format, reasoning_format)
+        self._tokenizer = tokenizer
+        self._speeches: dict[tuple[str | None, str | None], Speech] = {}
         self._stop_ids = frozenset(collect_eos_token_ids(tokenizer, str(directory)))
         self._reader = PromptReader(tokenizer, shape.vocab_size)
         self._grammars = GrammarCompiler(tokenizer, shape.vocab_size, self._stop_ids)
         self._prefixes = _prefix_cache(shape, frame.options.prefix_cache_bytes)
         self._wants_boundaries = self._prefixes is not None and self._prefixes.exact_positions_only
-        books = KvBooks(shape, frame.options.kv_bytes)
-        self._scheduler = LmxScheduler(model, wrapped, frame.options, books, self._prefixes)
+        self._books = KvBooks(shape, frame.options.kv_bytes)
+        self._scheduler = LmxScheduler(model, wrapped, frame.options, self._books, self._prefixes)
         self._facts = ModelFacts(
             model_type=str(config.get("model_type", "unknown")),
             context_length=context,
@@ -74,10 +79,19 @@ class VllmBackend:
             kv_bytes_per_token=shape.bytes_for(2) - shape.bytes_for(1),
             has_chat_template=bool(tokenizer.chat_template),
             prefix_cache="off" if self._prefixes is None else "tokens" if shape.plain else "snapshots",
-            tool_format=tool_format,
-            reasoning_format=reasoning_format,
-        )
+            tool_format=detect_tool_format(template),
+            reasoning_format=detect_reasoning_format(template),
+        ).as_wanted(frame.options.tool_format, frame.options.reasoning_format)
+        self._speech(self._facts)
         return self._facts
+
+    def _speech(self, facts: ModelFacts) -> Speech:
+        """Made once for each pair of formats that is asked for; presets may ask for others than the model's."""
+        formats = (facts.tool_format, facts.reasoning_format)
+        if formats not in self._speeches:
+            table = TokenTable(self._tokenizer, keep=markers(*formats))
+            self._speeches[formats] = Speech(table, Marks(self._tokenizer, table, *formats))
+        return self._speeches[formats]
 
     def prepare(self, frame: Generate) -> Prepared:
         """Render, tokenise and check a request; raises RequestRejected naming the field."""
@@ -90,24 +104,29 @@ class VllmBackend:
                     code="invalid_value",
                 )
         context = min(self._facts.context_length, frame.context_length or self._facts.context_length)
-        opening = self._marks.answer_opening if frame.structured is not None else ()
+        speech = self._speech(self._facts.as_wanted(frame.tool_format, frame.reasoning_format))
+        opening = speech.marks.answer_opening if frame.structured is not None else ()
         token_ids = self._reader.read(frame.prompt, context, opening)
-        in_reasoning = self._marks.in_reasoning(token_ids)
+        in_reasoning = speech.marks.in_reasoning(token_ids)
         boundaries = self._reader.boundaries(frame.prompt, token_ids) if self._wants_boundaries else ()
         # Compiled here, so that a schema that cannot be used is refused before the request takes a place.
         grammar = None
         if frame.structured is not None:
             matcher, or_call = self._grammars.compile(frame.structured), frame.structured.or_call
-            grammar = partial(self._new_grammar, matcher, token_ids, or_call)
+            grammar = partial(_new_grammar, matcher, speech.marks, token_ids, or_call)
         room = context - len(token_ids)
         wanted = room if sampling.max_tokens is None else sampling.max_tokens
         return Prepared(
-            frame.id, frame.request_id, token_ids, min(wanted, room), sampling, grammar, boundaries, in_reasoning
+            frame.id,
+            frame.request_id,
+            token_ids,
+            min(wanted, room),
+            sampling,
+            grammar,
+            boundaries,
+            in_reasoning,
+            speech,
         )
-
-    def _new_grammar(self, matcher: LLMatcher, token_ids: list[int], or_call: bool) -> Grammar:
-        """One choice's own place in a grammar."""
-        return Grammar(matcher.deep_copy(), self._marks.gate(token_ids, or_call=or_call))
 
     def add(self, request: Prepared) -> None:
         """Put a request in line for the batch."""
@@ -119,9 +138,9 @@ class VllmBackend:
             if request.grammar is not None:
                 processors.insert(0, request.grammar())
             if sampling.thinking_budget is not None:
-                budget = self._marks.budget(sampling.thinking_budget, in_reasoning=request.in_reasoning)
+                budget = request.speech.marks.budget(sampling.thinking_budget, in_reasoning=request.in_reasoning)
                 processors += [budget] if budget is not None else []
-            sequences.append(Sequence(request, choice, self._table, stop_ids, processors))
+            sequences.append(Sequence(request, choice, request.speech.table, stop_ids, processors))
         self._scheduler.submit(request, sequences)
 
     def cancel(self, id: int) -> None:
@@ -138,7 +157,10 @@ class VllmBackend:
 
     def step(self) -> StepResult:
         """Admit, prefill and decode once for everybody."""
-        return self._scheduler.step()
+        self._limits.follow(self._books.granted_bytes)
+        result = self._scheduler.step()
+        self._limits.follow(self._books.granted_bytes)
+        return result
 
     def running(self) -> tuple[int, int]:
         """Sequences in the batch and requests in line."""
@@ -151,6 +173,11 @@ class VllmBackend:
     def memory(self) -> tuple[int, int]:
         """Bytes live in MLX, and bytes the prefix cache holds."""
         return mx.get_active_memory(), self._prefixes.nbytes if self._prefixes is not None else 0
+
+
+def _new_grammar(matcher: LLMatcher, marks: Marks, token_ids: list[int], or_call: bool) -> Grammar:
+    """One choice's own place in a grammar."""
+    return Grammar(matcher.deep_copy(), marks.gate(token_ids, or_call=or_call))
 
 
 def _prefix_cache(shape: geometry.CacheGeometry, budget_bytes: int) -> PrefixCache | None:
@@ -169,12 +196,6 @@ def _template_text(tokenizer: Any) -> str:
 def _parameter_bytes(model: Any) -> int:
     named: list[tuple[str, Any]] = tree_flatten(model.parameters())  # type: ignore[assignment]  # no destination given
     return sum(array.nbytes for _, array in named)
-
-
-def _limit_memory(options: LoadOptions) -> None:
-    mx.set_cache_limit(_BUFFER_CACHE_BYTES)
-    if options.memory_limit_bytes is not None:
-        mx.set_memory_limit(options.memory_limit_bytes)
 
 
 def _refuse_code(model_id: str, config: dict[str, Any]) -> None:

@@ -1,0 +1,228 @@
+"""One connection, bounded: what uvicorn's reading of HTTP leaves open to a client who is slow, large or many.
+
+uvicorn bounds what it holds of a body that nobody reads and of an answer that the client does not take (64 KiB each),
+and how long an idle connection stays. It does not bound how long or how large a request's head is, how long a body
+takes, how many connections there are, nor how long a client may leave an answer lying. Answers given here come before
+any route, in the same shape as the others.
+"""
+
+import asyncio
+import resource
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Any, Final
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from opta_lmx.api.errors import (
+    HeadTooLarge,
+    RequestTooSlow,
+    TooManyConnections,
+    UnreadableRequest,
+    to_envelope,
+)
+from opta_lmx.config import ServerConfig
+
+# nginx takes four buffers of 8 KiB, Apache a hundred fields; no client of ours comes near.
+MAX_HEAD_BYTES: Final = 32 * 1024
+MAX_HEAD_FIELDS: Final = 100
+
+# What the server opens beside connections: a socket, a pipe and a process handle for each worker, files, the log.
+_OTHER_OPEN_FILES: Final = 256
+
+# A reader who has taken nothing of what waits for him for so long has gone without saying so.
+STALLED_READER_SECONDS: Final = 600.0
+
+# A peer that vanished without a word (a cable, a sleeping laptop) is found out two minutes after its last packet.
+_PROBE_AFTER_SECONDS: Final = 60
+_PROBE_EVERY_SECONDS: Final = 15
+_PROBES: Final = 4
+# The same option under the names of Linux and of macOS.
+_TCP_KEEPIDLE: Final[int] = getattr(socket, "TCP_KEEPIDLE", None) or socket.TCP_KEEPALIVE  # type: ignore[attr-defined,unused-ignore]
+
+
+def raise_open_files(connections: int) -> None:
+    """Lets this process open as many files as so many connections take, if the system permits; macOS starts at 256."""
+    wanted = connections + _OTHER_OPEN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        ceiling = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (ceiling, hard))
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's protocol with a time for every phase in which the client has the word, and a size for the head.
+
+    A connection is in its *head* from its beginning, or from the first byte after an answer, until the headers are
+    complete; in its *body* until that is complete; otherwise the server has the word.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        limits: Callable[[], ServerConfig],
+        stalled_seconds: float = STALLED_READER_SECONDS,
+        **kwargs: Any,
+    ) -> None:
+        """``limits`` are those of the moment: read anew for each phase."""
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._stalled_seconds = stalled_seconds
+        self._in_head = False
+        self._head_bytes = 0
+        self._deadline: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take the connection, if there is room for it."""
+        super().connection_made(transport)
+        self.timeout_keep_alive = self._limits().keep_alive_seconds  # type: ignore[assignment]  # used as a float is
+        _probe(transport)
+        if len(self.connections) > self._limits().max_connections:
+            self._refuse(TooManyConnections())
+            return
+        self._begin_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """No timer outlives the connection."""
+        for timer in (self._deadline, self._stall):
+            if timer is not None:
+                timer.cancel()
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; a head that has grown too large without being complete ends the connection."""
+        if self.transport.is_closing():
+            return
+        if self._deadline is None and not self._answering:
+            self._begin_head()
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._refuse(HeadTooLarge(MAX_HEAD_BYTES, MAX_HEAD_FIELDS))
+
+    def send_400_response(self, msg: str) -> None:
+        """What the parser does not understand, or what was too large for it, in the shape of every other error."""
+        if self._head_is_too_large():
+            self._refuse(HeadTooLarge(MAX_HEAD_BYTES, MAX_HEAD_FIELDS))
+        else:
+            self._refuse(UnreadableRequest(msg))
+
+    # -- callbacks of the parser -------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._begin_head()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """The head is there; now the body, for which there is a time too."""
+        if self._head_is_too_large():
+            # Ends the parsing; what is said of it is ``send_400_response``'s.
+            raise HeadTooLarge(MAX_HEAD_BYTES, MAX_HEAD_FIELDS)
+        self._in_head = False
+        self._wait_for_client(self._limits().request_body_seconds)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The server has the word."""
+        self._stop_waiting()
+        super().on_message_complete()
+
+    # -- the other way -----------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        """The client takes less than the server has for it."""
+        super().pause_writing()
+        self._watch_reader(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """It has taken nearly all."""
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+        super().resume_writing()
+
+    # ----------------------------------------------------------------------------------------------
+
+    @property
+    def _answering(self) -> bool:
+        # uvicorn's annotations leave out that there is no request yet.
+        return self.cycle is not None and not self.cycle.response_complete  # type: ignore[redundant-expr]
+
+    def _head_is_too_large(self) -> bool:
+        if not self._in_head or self.headers is None:
+            return False
+        # Each field comes with a colon, a space and a line's end.
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        return size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEAD_FIELDS
+
+    def _begin_head(self) -> None:
+        if not self._in_head:
+            self._in_head = True
+            self._head_bytes = 0
+            self._wait_for_client(self._limits().request_head_seconds)
+
+    def _wait_for_client(self, seconds: float) -> None:
+        self._stop_waiting()
+        self._deadline = self.loop.call_later(seconds, self._waited, seconds)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _waited(self, seconds: float) -> None:
+        """The client had its time. Where the server itself held it up, or still answers, it gets as much again."""
+        self._deadline = None
+        if self.transport.is_closing():
+            return
+        if self.flow.read_paused or (self._in_head and self._answering):
+            self._wait_for_client(seconds)
+        elif self._head_bytes == 0 and self._in_head:
+            # Nothing was asked, so there is nothing to answer.
+            self.transport.close()
+        else:
+            self._refuse(RequestTooSlow(seconds))
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer, unless an answer to this request or to one before it is under way, and close."""
+        self._stop_waiting()
+        if not self._answering or not (self._in_head or self.pipeline or self.cycle.response_started):
+            status, body, headers = to_envelope(error)
+            content = msgspec.json.encode(body)
+            headers |= {
+                "content-type": "application/json",
+                "content-length": str(len(content)),
+                "connection": "close",
+            }
+            lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{k}: {v}" for k, v in headers.items())]
+            self.transport.write("\r\n".join([*lines, "", ""]).encode("latin-1") + content)
+        self.transport.close()
+
+    def _watch_reader(self, before_bytes: int) -> None:
+        self._stall = self.loop.call_later(self._stalled_seconds, self._reader_waited, before_bytes)
+
+    def _reader_waited(self, before_bytes: int) -> None:
+        now_bytes = self.transport.get_write_buffer_size()
+        if now_bytes < before_bytes:
+            self._watch_reader(now_bytes)
+        else:
+            self.transport.abort()
+
+
+def _probe(transport: asyncio.BaseTransport) -> None:
+    """Has the system ask now and then whether the peer of a silent connection is still there."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, _TCP_KEEPIDLE, _PROBE_AFTER_SECONDS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_EVERY_SECONDS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
