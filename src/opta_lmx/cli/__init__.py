@@ -7,7 +7,7 @@ needs it imports when it runs.
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from opta_lmx.cli.arguments import Arguments, parse
 from opta_lmx.cli.failure import ExitCode, Failure
@@ -39,23 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Arguments) -> int:
+    run: Callable[[Arguments, Mapping[str, str]], int]
     match arguments.verb:
         case "serve":
-            from opta_lmx.cli.serve import serve
-
-            return serve(arguments, os.environ)
+            from opta_lmx.cli.serve import serve as run
         case "config":
-            from opta_lmx.cli.settings import run_config
-
-            return run_config(arguments, os.environ)
+            from opta_lmx.cli.settings import run_config as run
         case "pull":
-            from opta_lmx.cli.pull import run_pull
-
-            return run_pull(arguments, os.environ)
+            from opta_lmx.cli.pull import run_pull as run
+        case "service":
+            from opta_lmx.cli.service import run_service as run
+        case "logs":
+            from opta_lmx.cli.logs import run_logs as run
+        case "doctor":
+            from opta_lmx.cli.doctor import run_doctor as run
         case _:
-            from opta_lmx.cli.remote import run_remote
-
-            return run_remote(arguments, os.environ)
+            from opta_lmx.cli.remote import run_remote as run
+    return run(arguments, os.environ)
 
 
 def _tell(message: str, hint: str, code: ExitCode) -> ExitCode:

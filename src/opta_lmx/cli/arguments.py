@@ -30,6 +30,12 @@ class Arguments:
     url: str | None = None
     admin_key: str | None = field(default=None, repr=False)
     json: bool = False
+    # ``--system`` and ``--user`` of a service; None: as it is installed.
+    system: bool | None = None
+    run_as: str | None = None
+    only_print: bool = False
+    follow: bool = False
+    lines: int = 100
 
     @property
     def debug(self) -> bool:
@@ -68,8 +74,13 @@ def _parser() -> _Parser:
         return verbs.add_parser(verb, help=help, description=help, allow_abbrev=False, parents=parents)
 
     add("serve", "Run the server.", _serving())
-    config = add("config", "Check the settings, or show them with all sources merged and keys masked.", _reading())
-    config.add_argument("action", choices=("check", "show"))
+    config = add(
+        "config",
+        "Check the settings, show them with all sources merged and keys masked, or have the server read them again.",
+        _remote(),
+        _reading(),
+    )
+    config.add_argument("action", choices=("check", "show", "reload"))
     add("status", "Show what the server does now.", _remote(), _reading())
     add("ls", "List the models on disk.", _remote(), _reading())
     add("ps", "List the loaded models.", _remote(), _reading())
@@ -83,6 +94,9 @@ def _parser() -> _Parser:
         ("rm", "Remove a model from the disk."),
     ):
         _model_flags(verb, add(verb, help, _remote(), _reading()))
+    _service_flags(add("service", "Run the server as a service: started with the machine, and after a crash."))
+    _log_flags(add("logs", "Show the end of the server's log.", _reading()))
+    add("doctor", "Look for what is wrong with the installation, and say what to do.", _remote(), _reading())
     verify = add("verify", "Hash models' files and hold them against models.lock.", _remote(), _reading())
     verify.add_argument("model", metavar="MODEL", nargs="?", default="", help="id as ls shows it (else all)")
     pull = add("pull", "Download a model from the hub, and check every file of it.", _remote(), _reading())
@@ -106,6 +120,39 @@ def _model_flags(verb: str, parser: _Parser) -> None:
         )
     elif verb == "unload":
         parser.add_argument("--force", action="store_true", help="end its pin and its leases first")
+
+
+def _service_flags(parser: _Parser) -> None:
+    """What can be done about the service, each deed with its own flags."""
+    deeds = parser.add_subparsers(dest="action", metavar="DEED", required=True)
+
+    def add(deed: str, help: str) -> _Parser:
+        parents = [_shared(), _scope(), _reading()]
+        return deeds.add_parser(deed, help=help, description=help, allow_abbrev=False, parents=parents)
+
+    install = add("install", "Write the service's file and start it; again: bring both up to date.")
+    install.add_argument("--run-as", metavar="USER", help="whose server a --system service is (else who called sudo)")
+    install.add_argument(
+        "--print", dest="only_print", action="store_true", help="print the file that would be written, and do nothing"
+    )
+    add("uninstall", "Stop it and remove its file; models, settings and logs stay.")
+    add("status", "Show how it is.")
+    add("start", "Start it.")
+    add("stop", "Stop it until the next start, login or boot, and wait for its end.")
+    _log_flags(add("logs", "Show the end of its log, as opta-lmx logs does."))
+
+
+def _log_flags(parser: _Parser) -> None:
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with what is written from now on")
+    parser.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="lines to begin with (100)")
+
+
+def _scope() -> _Parser:
+    group = _group()
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--system", action="store_true", help="of the machine: needs nobody to be logged in")
+    either.add_argument("--user", dest="system", action="store_false", help="of this user, while logged in")
+    return group
 
 
 def _positive(text: str) -> float:

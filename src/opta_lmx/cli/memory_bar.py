@@ -30,6 +30,7 @@ _PARTS: Final = (
     _Part("o", "worker", "overhead_bytes", "36"),
     _Part("K", "KV cache", "kv_bytes", "35"),
     _Part("P", "prefix cache", "prefix_cache_bytes", "32"),
+    _Part("b", "buffers", "buffer_bytes", "35"),
 )
 # Of a model that is in memory ``used`` and ``reserved`` hold all of it already.
 _NOW: Final = _PARTS[:2]

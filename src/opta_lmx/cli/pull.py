@@ -1,15 +1,13 @@
 """``opta-lmx pull``: have the server download a model, and show how far it is."""
 
 import json
-import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from opta_lmx.cli.arguments import Arguments
 from opta_lmx.cli.failure import ExitCode, Failure
-from opta_lmx.cli.remote import Remote, ask, find_remote, follow, show_size
+from opta_lmx.cli.remote import Remote, ask, find_remote, follow, show_line, show_size
 
 _ROUTE: Final = "/admin/models/download"
 
@@ -39,8 +37,8 @@ def run_pull(arguments: Arguments, environ: Mapping[str, str]) -> int:
     path = f"{_ROUTE}/{download['download_id']}"
     with _cancelled_by_interrupt(remote, path):
         for download in follow(remote, f"{path}/progress"):  # each is the same download, later
-            _show(_line(download))
-    _show("")
+            show_line(_line(download))
+    show_line("")
     if arguments.json:
         print(json.dumps(download, indent=2))
     if download["state"] != "completed":
@@ -55,7 +53,7 @@ def _cancelled_by_interrupt(remote: Remote, path: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _show("")
+        show_line("")
         with suppress(Failure):
             ask(remote, "DELETE", path)
         raise
@@ -82,11 +80,3 @@ def _line(download: Mapping[str, Any]) -> str:
         minutes, seconds = divmod(int(download["eta_seconds"]), 60)
         parts.append(f"{minutes}:{seconds:02d} left")
     return "  ".join(parts)
-
-
-def _show(line: str) -> None:
-    """Puts ``line`` in the place of the one before; nothing where nobody watches."""
-    if sys.stderr.isatty():
-        # Back to the first column, and clear to the right. A line that wraps could not be replaced.
-        width = shutil.get_terminal_size().columns - 1
-        print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)

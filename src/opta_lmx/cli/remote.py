@@ -4,9 +4,11 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from threading import Event, Thread
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
@@ -18,6 +20,9 @@ from opta_lmx.cli.memory_bar import memory_bar
 _READ_SECONDS: Final = 10.0
 # A load or a verification ends by itself; this bound only keeps a lost connection from holding the shell for ever.
 _CHANGE_SECONDS: Final = 3600.0
+
+# Between two looks at the imports that a load waits for.
+_WATCH_SECONDS: Final = 0.5
 
 # The width of a terminal that nobody has widened, for output that goes elsewhere.
 _PLAIN_COLUMNS: Final = 80
@@ -42,7 +47,8 @@ def run_remote(arguments: Arguments, environ: Mapping[str, str]) -> int:
     Raises Failure if the server refuses or cannot be reached; if files are wrong, after they have been printed.
     """
     remote = find_remote(arguments, environ)
-    answer = ask(remote, *_wish(arguments, environ))
+    with _imports_shown(remote) if arguments.verb == "load" and sys.stderr.isatty() else nullcontext():
+        answer = ask(remote, *_wish(arguments, environ))
     text = json.dumps(answer, indent=2) if arguments.json else _words(arguments, environ, answer)
     if text:
         print(text)
@@ -52,6 +58,30 @@ def run_remote(arguments: Arguments, environ: Mapping[str, str]) -> int:
         hint = "opta-lmx rm MODEL removes it, to be downloaded again"
         raise Failure("not all files are what models.lock says", hint)
     return ExitCode.DONE
+
+
+@contextmanager
+def _imports_shown(remote: Remote) -> Iterator[None]:
+    """Shows how far the server's imports of GGUF files are, until the block ends."""
+    ended = Event()
+    watcher = Thread(target=_watch_imports, args=(remote, ended), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join(_READ_SECONDS)
+
+
+def _watch_imports(remote: Remote, ended: Event) -> None:
+    while not ended.wait(_WATCH_SECONDS):
+        # What is wrong with the server is told by the load itself.
+        with suppress(Failure):
+            for row in ask(remote, "GET", _READS["status"]).get("imports", ()):
+                done, total = row["done_bytes"], max(row["total_bytes"], 1)
+                sizes = f"{show_size(done)} of {show_size(total)}"
+                show_line(f"importing {row['model_id']} {100 * done // total:3d}%  {sizes}")
+    show_line("")
 
 
 def _wish(arguments: Arguments, environ: Mapping[str, str]) -> tuple[str, str, dict[str, Any] | None]:
@@ -252,6 +282,14 @@ def show_size(size_bytes: int) -> str:
     """A size in binary units."""
     power = min(max(size_bytes.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
     return f"{size_bytes / 1024**power:.1f} {_UNITS[power]}" if power else f"{size_bytes} B"
+
+
+def show_line(line: str) -> None:
+    """Puts ``line`` in the place of the one before; nothing where nobody watches."""
+    if sys.stderr.isatty():
+        # Back to the first column, and clear to the right. A line that wraps could not be replaced.
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)
 
 
 def _cell(name: str, value: Any) -> str:

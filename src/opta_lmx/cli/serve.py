@@ -1,13 +1,16 @@
 """The verb ``serve``: everything that can be found wrong before the server starts."""
 
 import errno
+import os
 import socket
 from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
 
 from opta_lmx.cli.arguments import Arguments
 from opta_lmx.cli.failure import Failure
 from opta_lmx.cli.install import complete_installation
-from opta_lmx.cli.settings import read_config
+from opta_lmx.cli.settings import load_settings, read_config
 
 
 def serve(arguments: Arguments, environ: Mapping[str, str]) -> int:
@@ -15,9 +18,29 @@ def serve(arguments: Arguments, environ: Mapping[str, str]) -> int:
     config, path = read_config(arguments, environ)
     check_address(config.server.host, config.server.port)
     complete_installation(environ)
-    from opta_lmx.main import serve as run_server
+    # A relative path means the same file for as long as the server runs; one that is gone is no reason for defaults.
+    file = path.absolute() if path else None
+    with ExitStack() as held:
+        _take_directory(config.models.directory, held)
+        from opta_lmx.main import serve as run_server
 
-    return run_server(config, path)
+        return run_server(config, path, lambda: load_settings(arguments, environ, file)[0])
+
+
+def _take_directory(directory: Path, held: ExitStack) -> None:
+    """This server alone has the models directory until ``held`` ends; what it creates is its user's alone."""
+    from opta_lmx.service.lock import DirectoryInUse, hold
+
+    # For the children too: workers, imports, downloads.
+    os.umask(0o077)
+    try:
+        held.enter_context(hold(directory))
+    except DirectoryInUse as error:
+        stop = f"kill {error.pid}, or opta-lmx service stop" if error.pid else "opta-lmx service stop"
+        raise Failure(str(error), f"stop it ({stop}), or set another models.models_directory") from None
+    except OSError as error:
+        hint = "look at who owns it, or set another models.models_directory"
+        raise Failure(f"the models directory {directory} cannot be used: {error.strerror}", hint) from None
 
 
 def check_address(host: str, port: int) -> None:
