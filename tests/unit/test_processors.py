@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opta_lmx.inference.worker.processors import LogitBias, MinTokens, Penalties, processors_for
-from opta_lmx.inference.worker.sampling import Logits, LogitsProcessor
+from opta_lmx.inference.worker.sampler_rows import Logits, LogitsProcessor
 from opta_lmx.types import SamplingParams
 
 pytestmark = pytest.mark.mlx

@@ -14,14 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from opta_lmx.inference.worker.sampling import (
-    DeviceLaunch,
-    HostLaunch,
-    Logits,
-    RowSampler,
-    RowTable,
-    run_processors,
-)
+from opta_lmx.inference.worker.sampler_rows import Logits, RowSampler, RowTable
+from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch, run_processors
 
 pytestmark = pytest.mark.mlx
 

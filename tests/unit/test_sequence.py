@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from opta_lmx.inference.worker.backend import Prepared
 from opta_lmx.inference.worker.detokenizer import TokenTable
-from opta_lmx.inference.worker.sampling import Logits
+from opta_lmx.inference.worker.sampler_rows import Logits
 from opta_lmx.inference.worker.sequence import Sequence
 from opta_lmx.types import Delta, FinishReason, SamplingParams
 from tests import tiny_tokenizers

@@ -21,7 +21,8 @@ from opta_lmx.inference.worker.kv_books import KvBooks
 from opta_lmx.inference.worker.prefix_snapshots import PrefixSnapshots
 from opta_lmx.inference.worker.prefix_tree import PrefixTree
 from opta_lmx.inference.worker.processors import processors_for
-from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch, LogitsProcessor
+from opta_lmx.inference.worker.sampler_rows import LogitsProcessor
+from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch
 from opta_lmx.inference.worker.scheduler import LmxScheduler
 from opta_lmx.inference.worker.sequence import Sequence
 from opta_lmx.types import CacheReport, FinishReason, LoadOptions, SamplingParams, TokenLogprob

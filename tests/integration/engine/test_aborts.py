@@ -9,7 +9,8 @@ import pytest
 
 from opta_lmx.inference.worker.kv_books import KvBooks
 from opta_lmx.inference.worker.prefix_tree import PrefixTree
-from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch, Logits
+from opta_lmx.inference.worker.sampler_rows import Logits
+from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch
 from opta_lmx.types import FinishReason, LoadOptions
 from tests.integration.engine.driver import FAMILIES, Engine, TinyModel, alone
 from tests.tiny_models import Family

@@ -11,7 +11,8 @@ import numpy as np
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
 from opta_lmx.inference.worker.geometry import flat
-from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch, Launched, RowTable, prepare_processors
+from opta_lmx.inference.worker.sampler_rows import RowTable
+from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch, Launched, prepare_processors
 from opta_lmx.inference.worker.sequence import Sequence
 
 # mlx-lm's ArraysCache (recurrent layers) subtracts from its padding lazily at every step; unevaluated, the chain of

@@ -11,7 +11,7 @@ import numpy as np
 
 from opta_lmx.inference.output.formats import REASONING_FORMATS, TOOL_FORMATS
 from opta_lmx.inference.worker.detokenizer import TokenTable
-from opta_lmx.inference.worker.sampling import Logits
+from opta_lmx.inference.worker.sampler_rows import Logits
 
 # Harmony's reasoning is a message on a channel; what follows it begins like this.
 _HARMONY_START = "<|channel|>analysis<|message|>"

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from opta_lmx.inference.worker.sampling import Logits, LogitsProcessor
+from opta_lmx.inference.worker.sampler_rows import Logits, LogitsProcessor
 from opta_lmx.types import SamplingParams
 
 

@@ -22,7 +22,7 @@ from llguidance.hf import from_tokenizer
 
 from opta_lmx.errors import InvalidRequest
 from opta_lmx.inference.worker.marks import Gate
-from opta_lmx.inference.worker.sampling import Logits
+from opta_lmx.inference.worker.sampler_rows import Logits
 from opta_lmx.inference.worker.tool_schema import call_schema
 from opta_lmx.types import JsonObject, Structured
 

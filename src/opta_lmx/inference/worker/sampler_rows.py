@@ -1,0 +1,110 @@
+"""How the sequences of a batch are sampled: each one's parameters, and those of all rows as arrays."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.float32]
+
+# Up to this top-k a row is sampled from its candidates alone, and the rest of the vocabulary is never exponentiated.
+_FEW = 256
+# 1 / temperature from where on only the likeliest tokens are left in float32; beyond about 1e38 it would overflow.
+_STEEPEST = 1e30
+
+
+class LogitsProcessor(Protocol):
+    """Changes one row of logits in place before sampling. ``error`` ends the row's request with that reason."""
+
+    error: str | None
+
+    def prepare(self) -> None:
+        """Do what can be done before the logits are there, while the forward runs."""
+        ...
+
+    def apply(self, row: Logits) -> None:
+        """``row`` has one float per vocabulary entry."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Learn the token that was sampled from the row."""
+        ...
+
+
+@dataclass(slots=True)
+class RowSampler:
+    """How one sequence is sampled. ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    generator: random.Random = field(default_factory=random.Random)
+    processors: Sequence[LogitsProcessor] = ()
+    _last: float = 0.0
+    _returned: bool = False
+
+    @property
+    def truncates(self) -> bool:
+        """True if part of the distribution is cut off."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    def draw(self) -> float:
+        """The next uniform number in [0, 1)."""
+        if self._returned:
+            self._returned = False
+        else:
+            self._last = self.generator.random()
+        return self._last
+
+    def take_back(self) -> None:
+        """The last draw was for a token that will be chosen again; it is drawn again then."""
+        self._returned = self.temperature > 0
+
+
+class RowGroup:
+    """Sampled rows that are sampled in one way, and their parameters as columns.
+
+    ``at`` are their places among the sampled rows. A row's group depends on nothing but its own parameters, so that
+    company never changes what it says.
+    """
+
+    def __init__(self, rows: Sequence[RowSampler], at: Sequence[int], *, few: bool) -> None:
+        chosen = [rows[i] for i in at]
+        self.at = np.array(at, dtype=np.intp)
+        self.few = few
+        self.scale = np.array([[min(1.0 / row.temperature, _STEEPEST)] for row in chosen], dtype=np.float32)
+        self.top_k = np.array([row.top_k or np.iinfo(np.int64).max for row in chosen], dtype=np.int64)[:, None]
+        self.top_p = np.array([row.top_p for row in chosen], dtype=np.float64)[:, None]
+        self.min_p = np.array([row.min_p for row in chosen], dtype=np.float64)[:, None]
+        self.cut = np.array([i for i, row in enumerate(chosen) if row.truncates], dtype=np.intp)
+        self.most = max((row.top_k for row in chosen), default=0)
+        self._scratch: Logits | None = None
+
+    def scratch(self, shape: tuple[int, ...]) -> Logits:
+        """Memory for one step's weights; its content is undefined."""
+        if self._scratch is None or self._scratch.shape != shape:
+            self._scratch = np.empty(shape, dtype=np.float32)
+        return self._scratch
+
+
+class RowTable:
+    """The rows' parameters as arrays, rebuilt only when the batch changes."""
+
+    def __init__(self, rows: Sequence[RowSampler]) -> None:
+        self.rows = list(rows)
+        self.sampled = np.array([i for i, row in enumerate(rows) if row.temperature > 0], dtype=np.intp)
+        self.all_sampled = len(self.sampled) == len(self.rows)
+        chosen = [self.rows[i] for i in self.sampled]
+        self.truncates = any(row.truncates for row in chosen)
+        few = [i for i, row in enumerate(chosen) if 0 < row.top_k <= _FEW]
+        many = [i for i, row in enumerate(chosen) if not 0 < row.top_k <= _FEW]
+        self.groups = [RowGroup(chosen, at, few=at is few) for at in (few, many) if at]
+        self.processed = [i for i, row in enumerate(self.rows) if row.processors]
+
+    def draws(self) -> npt.NDArray[np.float64]:
+        """One uniform number in [0, 1) for each sampled row."""
+        return np.array([self.rows[i].draw() for i in self.sampled], dtype=np.float64)
