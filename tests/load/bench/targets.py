@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import shutil
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -95,13 +97,18 @@ class Target:
 
 
 def own_server(home: Path, models: Path, model: str, *, starter: bool) -> Launch:
-    """Our server as its users start it, over one directory of models, silent and with a short drain."""
+    """Our server as its users start it, silent and with a short drain, over the files of ``models``.
+
+    They are linked into a directory of its own, because two servers never share one.
+    """
 
     def command(port: int) -> list[str]:
+        own = home / f"models-{port}"
+        shutil.copytree(models, own, copy_function=os.link)
         config = home / f"config-{port}.yaml"
         sections = {
             "server": {"host": HOST, "port": port, "drain_seconds": 2},
-            "models": {"models_directory": str(models), "default_model": model, "starter": starter},
+            "models": {"models_directory": str(own), "default_model": model, "starter": starter},
             "logging": {"level": "WARNING"},
         }
         # JSON is YAML.
