@@ -2,13 +2,15 @@
 
 import plistlib
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from opta_lmx.service.commands import ServiceError
 from opta_lmx.service.launchd import Launchd, render_plist
-from tests.service_tools import RecordedLaunchctl, make_job
+from tests.service_tools import SOMEONE, RecordedLaunchctl, make_job
 
 AGENT = """\
 <?xml version="1.0" encoding="UTF-8"?>
@@ -80,7 +82,9 @@ def launchctl() -> RecordedLaunchctl:
 @pytest.fixture
 def agent(tmp_path: Path, launchctl: RecordedLaunchctl) -> Launchd:
     """The user's launchd over a home of the test's own."""
-    return Launchd(system=False, uid=501, home=tmp_path, run=launchctl, pause=lambda seconds: None)
+    return Launchd(
+        system=False, owner=replace(SOMEONE, home=tmp_path), caller_uid=501, run=launchctl, pause=lambda seconds: None
+    )
 
 
 def test_the_agent_is_written_as_golden() -> None:
@@ -177,21 +181,17 @@ def test_status_tells_how_the_last_run_ended(
     assert (status.running, status.pid, status.restarts, status.last_exit) == (False, None, 2, shown)
 
 
-@pytest.mark.parametrize("deed", ["install", "uninstall", "start", "stop"])
-def test_the_machines_service_is_roots(tmp_path: Path, launchctl: RecordedLaunchctl, deed: str) -> None:
+def test_the_machines_service_is_roots(tmp_path: Path, launchctl: RecordedLaunchctl) -> None:
     """Without root nothing is asked of launchd and nothing written; the hint is sudo. And an agent is not root's."""
-    daemon = Launchd(system=True, uid=501, home=tmp_path, root=tmp_path, run=launchctl)
-    agent = Launchd(system=False, uid=0, home=tmp_path, run=launchctl)
-    for manager, hint in ((daemon, "sudo"), (agent, "without sudo")):
-        act: Callable[[], object] = {
-            "install": lambda manager=manager: manager.install(make_job(tmp_path)),
-            "uninstall": manager.uninstall,
-            "start": manager.start,
-            "stop": manager.stop,
-        }[deed]
-        with pytest.raises(ServiceError) as caught:
-            act()
-        assert hint in caught.value.hint
+    daemon = Launchd(system=True, owner=SOMEONE, caller_uid=501, root=tmp_path, run=launchctl)
+    agent = Launchd(system=False, owner=SOMEONE, caller_uid=0, run=launchctl)
+    for manager, hint in ((daemon, "with sudo"), (agent, "without sudo")):
+        install = partial(manager.install, make_job(tmp_path))
+        acts: list[Callable[[], object]] = [install, manager.uninstall, manager.start, manager.stop]
+        for act in acts:
+            with pytest.raises(ServiceError) as caught:
+                act()
+            assert caught.value.hint.endswith(hint)
     assert launchctl.asked == []
     assert list(tmp_path.iterdir()) == []
 
@@ -199,11 +199,8 @@ def test_the_machines_service_is_roots(tmp_path: Path, launchctl: RecordedLaunch
 def test_a_daemon_is_loaded_for_the_machine(tmp_path: Path) -> None:
     """Root's install goes to /Library/LaunchDaemons and the system's domain, and has nothing to add."""
     launchctl = RecordedLaunchctl(domain="system")
-    daemon = Launchd(system=True, uid=0, home=tmp_path, root=tmp_path, run=launchctl)
+    daemon = Launchd(system=True, owner=SOMEONE, caller_uid=0, root=tmp_path, run=launchctl)
     job = make_job(tmp_path / "home", system=True)
-    places = tmp_path / "home" / ".opta-lmx" / "logs"
-    places.mkdir(parents=True)
-    (places / "server.log").touch()
     assert daemon.install(job) == ()
     assert daemon.status().file == tmp_path / "Library/LaunchDaemons/com.opta.lmx.plist"
     assert daemon.status().running

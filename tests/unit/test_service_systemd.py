@@ -9,7 +9,7 @@ import pytest
 
 from opta_lmx.service.commands import Outcome, ServiceError
 from opta_lmx.service.systemd import Systemd, render_unit
-from tests.service_tools import RecordedSystemctl, make_job
+from tests.service_tools import SOMEONE, RecordedSystemctl, make_job
 
 UNIT = """\
 [Unit]
@@ -52,7 +52,7 @@ def systemctl(tmp_path: Path) -> RecordedSystemctl:
 @pytest.fixture
 def systemd(tmp_path: Path, systemctl: RecordedSystemctl) -> Systemd:
     """The user's systemd over directories of the test's own."""
-    return Systemd(system=False, uid=501, units=tmp_path / "units", user="someone", run=systemctl)
+    return Systemd(system=False, owner=SOMEONE, caller_uid=501, units=tmp_path / "units", run=systemctl)
 
 
 def test_the_unit_is_written_as_golden() -> None:
@@ -70,11 +70,13 @@ def test_the_machines_unit_differs_in_whose_and_when() -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd on this machine")
 def test_systemd_finds_nothing_to_say(tmp_path: Path) -> None:
     """systemd-analyze verify takes the unit without a word, odd paths included."""
-    odd = tmp_path / 'a "b" %h $c \\d'
-    job = make_job(odd, system=True)
+    odd = tmp_path / "a b %h $c"
+    job = replace(
+        make_job(odd, system=True), owner=replace(SOMEONE, name="root"), flags=("--config", '/x "y" %h $z \\t')
+    )
     job.python.parent.mkdir(parents=True)
     job.python.touch(mode=0o755)
-    (tmp_path / "opta-lmx.service").write_bytes(render_unit(replace(job, user="root")))
+    (tmp_path / "opta-lmx.service").write_bytes(render_unit(job))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(tmp_path / "opta-lmx.service")],
         capture_output=True,
@@ -86,9 +88,11 @@ def test_systemd_finds_nothing_to_say(tmp_path: Path) -> None:
 
 
 def test_what_a_unit_cannot_hold_is_refused() -> None:
-    """A line break in a path would be a setting of its own."""
+    """A line break in a path would be a setting of its own, and systemd starts no program with quotes in its path."""
     with pytest.raises(ServiceError, match="cannot stand in a unit file"):
         render_unit(make_job(Path("/Users/someone/a\nUser=root")))
+    with pytest.raises(ServiceError, match="systemd does not start"):
+        render_unit(make_job(Path("/Users/you'")))
 
 
 def test_install_writes_enables_and_starts(tmp_path: Path, systemd: Systemd, systemctl: RecordedSystemctl) -> None:
@@ -154,7 +158,7 @@ def test_status_tells_how_the_last_run_ended(
     ("problem", "said"),
     [
         (Outcome(127, stderr="systemctl: No such file or directory"), "does not run systemd"),
-        (Outcome(1, stderr="Failed to connect to bus: No medium found\n"), "does not answer: Failed to connect to bus"),
+        (Outcome(1, stderr="Failed to connect to bus: No medium found\n"), "does not answer: Failed to connect"),
     ],
 )
 def test_without_systemd_nothing_is_written(
@@ -172,13 +176,13 @@ def test_without_systemd_nothing_is_written(
 def test_a_refusal_has_systemds_words(tmp_path: Path, systemd: Systemd, systemctl: RecordedSystemctl) -> None:
     """What systemctl says when it does not start the service is the error."""
     systemctl.refusal = Outcome(1, stderr="Job for opta-lmx.service failed because of unavailable resources.\n")
-    with pytest.raises(ServiceError, match="restart was refused: Job for opta-lmx.service failed"):
+    with pytest.raises(ServiceError, match="restart was refused: Job for opta-lmx"):
         systemd.install(make_job(tmp_path))
 
 
 def test_the_machines_service_is_roots(tmp_path: Path, systemctl: RecordedSystemctl) -> None:
     """Without root nothing is asked and nothing written; the hint is sudo."""
-    systemd = Systemd(system=True, uid=501, units=tmp_path / "units", user="someone", run=systemctl)
+    systemd = Systemd(system=True, owner=SOMEONE, caller_uid=501, units=tmp_path / "units", run=systemctl)
     for act in (lambda: systemd.install(make_job(tmp_path)), systemd.uninstall, systemd.start, systemd.stop):
         with pytest.raises(ServiceError) as caught:
             act()

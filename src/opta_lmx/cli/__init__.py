@@ -47,6 +47,10 @@ def _run(arguments: Arguments) -> int:
             from opta_lmx.cli.settings import run_config as run
         case "pull":
             from opta_lmx.cli.pull import run_pull as run
+        case "top":
+            from opta_lmx.cli.top import run_top as run
+        case "bench":
+            from opta_lmx.cli.bench import run_bench as run
         case "service":
             from opta_lmx.cli.service import run_service as run
         case "logs":

@@ -11,6 +11,9 @@ from opta_lmx.cli.failure import ExitCode, Failure
 
 _LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
+# Of whatever is counted: beyond it is a slip of the keyboard.
+_MOST: Final = 1_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
@@ -36,6 +39,12 @@ class Arguments:
     only_print: bool = False
     follow: bool = False
     lines: int = 100
+    once: bool = False
+    api_key: str | None = field(default=None, repr=False)
+    concurrency: tuple[int, ...] = ()
+    requests: int | None = None
+    prompt_words: int = 0
+    max_tokens: int = 0
 
     @property
     def debug(self) -> bool:
@@ -96,7 +105,10 @@ def _parser() -> _Parser:
         _model_flags(verb, add(verb, help, _remote(), _reading()))
     _service_flags(add("service", "Run the server as a service: started with the machine, and after a crash."))
     _log_flags(add("logs", "Show the end of the server's log.", _reading()))
-    add("doctor", "Look for what is wrong with the installation, and say what to do.", _remote(), _reading())
+    add("doctor", "Look for what is wrong with the installation, and say what to do.", _reading())
+    top = add("top", "Watch what the server works on now; q ends it.", _remote(), _reading())
+    top.add_argument("--once", action="store_true", help="print it once (as where there is no terminal)")
+    _bench_flags(add("bench", "Measure how fast a model answers, one and several requests at a time.", _reading()))
     verify = add("verify", "Hash models' files and hold them against models.lock.", _remote(), _reading())
     verify.add_argument("model", metavar="MODEL", nargs="?", default="", help="id as ls shows it (else all)")
     pull = add("pull", "Download a model from the hub, and check every file of it.", _remote(), _reading())
@@ -147,12 +159,35 @@ def _log_flags(parser: _Parser) -> None:
     parser.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="lines to begin with (100)")
 
 
+def _bench_flags(parser: _Parser) -> None:
+    """What is measured, and with whose key: chats are asked for, not the admin API."""
+    parser.add_argument("model", metavar="MODEL", help="name, as a client would give it")
+    parser.add_argument("--url", metavar="URL", help="server to ask (else $OPTA_LMX_URL, else host and port as set)")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="key for /v1 (else $OPTA_LMX_API_KEY, else, without a URL, as set)"
+    )
+    counts = [
+        ("--concurrency", "+", (1, 4), "requests at a time, each in its turn (1 4)"),
+        ("--requests", None, None, "requests of each turn (else four times as many as at a time)"),
+        ("--prompt-words", None, 128, "words of each prompt, no two alike (128)"),
+        ("--max-tokens", None, 128, "tokens of each answer (128)"),
+    ]
+    for flag, many, default, help in counts:
+        parser.add_argument(flag, nargs=many, default=default, type=_count, metavar="N", help=help)
+
+
 def _scope() -> _Parser:
     group = _group()
     either = group.add_mutually_exclusive_group()
     either.add_argument("--system", action="store_true", help="of the machine: needs nobody to be logged in")
     either.add_argument("--user", dest="system", action="store_false", help="of this user, while logged in")
     return group
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {_MOST}")
+    return int(text)
 
 
 def _positive(text: str) -> float:

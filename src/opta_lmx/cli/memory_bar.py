@@ -1,4 +1,4 @@
-"""The plan of a load as a bar for people: what memory holds now, what the model would add, and the cap."""
+"""Memory as a bar for people: the plan of a load with what the model would add, and who holds what now."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _RESET: Final = "\x1b[0m"
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A stretch of the bar: its letter, its name, the plan's key for its bytes, its colour on a terminal (SGR)."""
+    """A stretch of the bar: its letter, its name, the key of its bytes, its colour on a terminal (SGR)."""
 
     letter: str
     name: str
@@ -34,6 +34,15 @@ _PARTS: Final = (
 )
 # Of a model that is in memory ``used`` and ``reserved`` hold all of it already.
 _NOW: Final = _PARTS[:2]
+
+# Who holds the memory of a machine that serves.
+_HOLDERS: Final = (
+    _Part("#", "others", "others_bytes", "90"),
+    _Part("W", "models", "models_bytes", "34"),
+    _Part("K", "KV", "kv_bytes", "35"),
+    _Part("P", "prefix", "prefix_cache_bytes", "32"),
+    _Part("=", "promised", "promised_bytes", "33"),
+)
 
 
 def memory_bar(plan: Mapping[str, Any], cells: int, *, colour: bool) -> Iterator[str]:
@@ -54,6 +63,27 @@ def memory_bar(plan: Mapping[str, Any], cells: int, *, colour: bool) -> Iterator
     yield f"  {_CAP}  {'cap':<13}{_gib(plan['limit_bytes'])}  {share:.0f} % of {plan['total_bytes'] / _GIB:.2f} GiB"
 
 
+def holders_bar(ledger: Mapping[str, Any], cells: int, *, colour: bool) -> Iterator[str]:
+    """Two lines of the ledger in GET /admin/memory: the bar, as in ``memory_bar``, and what each letter stands for.
+
+    Models hold weights and workers. KV and prefix caches are set aside for them, ``promised`` is what else is reserved.
+    """
+    kv, prefix = ledger["kv_reserved_bytes"], ledger["prefix_cache_bytes"]
+    sizes: dict[str, int] = {
+        "total_bytes": ledger["total_bytes"],
+        "limit_bytes": ledger["limit_bytes"],
+        "others_bytes": ledger["other_processes_bytes"],
+        "models_bytes": ledger["used_bytes"] - ledger["other_processes_bytes"],
+        "kv_bytes": kv,
+        "prefix_cache_bytes": prefix,
+        "promised_bytes": max(0, ledger["reservations_bytes"] - kv - prefix),
+    }
+    yield f"[{_bar(sizes, _HOLDERS, cells, colour=colour)}]"
+    shown = {part: f"{sizes[part.key] / _GIB:.1f}" for part in _HOLDERS}
+    cap = f"{_CAP} cap {sizes['limit_bytes'] / _GIB:.1f} of {sizes['total_bytes'] / _GIB:.1f} GiB"
+    yield "  ".join([cap, *(f"{part.letter} {part.name} {size}" for part, size in shown.items() if size != "0.0")])
+
+
 def _headline(plan: Mapping[str, Any]) -> str:
     evicted = ", ".join(plan["would_evict"])
     words = {
@@ -67,15 +97,15 @@ def _headline(plan: Mapping[str, Any]) -> str:
     return f"{plan['model_id']} {words.get(plan['verdict'], plan['verdict'])}"
 
 
-def _bar(plan: Mapping[str, Any], parts: Sequence[_Part], cells: int, *, colour: bool) -> str:
+def _bar(sizes: Mapping[str, Any], parts: Sequence[_Part], cells: int, *, colour: bool) -> str:
     """Each part ends where the sum so far ends, so that roundings do not add up."""
     letters = ""
     end_bytes = 0
     for part in parts:
-        end_bytes += plan[part.key]
-        letters += part.letter * (_cell(end_bytes, plan, cells) - len(letters))
+        end_bytes += sizes[part.key]
+        letters += part.letter * (_cell(end_bytes, sizes["total_bytes"], cells) - len(letters))
     letters = letters.ljust(cells, _FREE)
-    cap = _cell(plan["limit_bytes"], plan, cells)
+    cap = _cell(sizes["limit_bytes"], sizes["total_bytes"], cells)
     bar = letters[:cap] + _CAP + letters[cap:]
     if not colour:
         return bar
@@ -84,9 +114,8 @@ def _bar(plan: Mapping[str, Any], parts: Sequence[_Part], cells: int, *, colour:
     return "".join(f"\x1b[{codes[letter]}m{run}{_RESET}" if letter in codes else run for letter, run in runs)
 
 
-def _cell(size_bytes: int, plan: Mapping[str, Any], cells: int) -> int:
+def _cell(size_bytes: int, total_bytes: int, cells: int) -> int:
     # A model far beyond the machine must not draw a bar of as many screens.
-    total_bytes: int = plan["total_bytes"]
     return min(round(cells * size_bytes / total_bytes), 2 * cells)
 
 

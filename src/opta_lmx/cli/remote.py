@@ -25,7 +25,10 @@ _CHANGE_SECONDS: Final = 3600.0
 _WATCH_SECONDS: Final = 0.5
 
 # The width of a terminal that nobody has widened, for output that goes elsewhere.
-_PLAIN_COLUMNS: Final = 80
+PLAIN_COLUMNS: Final = 80
+
+# OpenAI's mark for the end of a stream.
+_LAST_EVENT: Final = b"data: [DONE]\n"
 
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -35,7 +38,7 @@ _READS: Final = {"status": "/admin/status", "ls": "/admin/models/available", "ps
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A server to ask, and the key for its admin API."""
+    """A server to ask, and the key for what is asked of it."""
 
     url: str
     key: str | None = field(default=None, repr=False)
@@ -130,7 +133,7 @@ def _words(arguments: Arguments, environ: Mapping[str, str], answer: dict[str, A
 def _plan(answer: dict[str, Any], environ: Mapping[str, str]) -> Iterator[str]:
     """Sized for the terminal, coloured unless $NO_COLOR forbids it; elsewhere plain and of a fixed width."""
     on_terminal = sys.stdout.isatty()
-    columns = shutil.get_terminal_size().columns if on_terminal else _PLAIN_COLUMNS
+    columns = shutil.get_terminal_size().columns if on_terminal else PLAIN_COLUMNS
     # Beside the cells: the brackets and the cap.
     return memory_bar(answer, max(columns - 3, 10), colour=on_terminal and not environ.get("NO_COLOR"))
 
@@ -153,16 +156,27 @@ def find_remote(arguments: Arguments, environ: Mapping[str, str]) -> Remote:
 
     The key in the settings is for the server of the settings; a URL from elsewhere never gets it. Raises Failure.
     """
+    return _find(arguments, environ, arguments.admin_key or environ.get("OPTA_LMX_ADMIN_KEY"), admin=True)
+
+
+def find_inference(arguments: Arguments, environ: Mapping[str, str]) -> Remote:
+    """As ``find_remote``, with a key for ``/v1``: the first of the settings' where no other is given."""
+    return _find(arguments, environ, arguments.api_key or environ.get("OPTA_LMX_API_KEY"), admin=False)
+
+
+def _find(arguments: Arguments, environ: Mapping[str, str], key: str | None, *, admin: bool) -> Remote:
     url = arguments.url or environ.get("OPTA_LMX_URL")
-    key = arguments.admin_key or environ.get("OPTA_LMX_ADMIN_KEY")
     if not url:
         from opta_lmx.cli.settings import read_config
 
         config, _ = read_config(arguments, environ)
         url = config.server.url
-        key = key or (config.security.admin_key.get_secret_value() if config.security.admin_key else None)
+        security = config.security
+        own = [security.admin_key] if admin else security.api_keys
+        key = key or next((secret.get_secret_value() for secret in own if secret is not None), None)
     if key and not (key.isascii() and key.isprintable()):
-        raise Failure("the admin key is not printable ASCII", "no header can carry such a key", ExitCode.USAGE)
+        kind = "admin" if admin else "API"
+        raise Failure(f"the {kind} key is not printable ASCII", "no header can carry such a key", ExitCode.USAGE)
     return Remote(url, key)
 
 
@@ -178,11 +192,8 @@ def ask(
     ``hints`` by status say what to do where the usual hint would mislead.
     """
     connection, base = _connect(remote.url, _READ_SECONDS if method == "GET" else _CHANGE_SECONDS)
-    headers = {"Accept": "application/json"} | ({"X-Admin-Key": remote.key} if remote.key else {})
-    if body is not None:
-        headers["Content-Type"] = "application/json"
     try:
-        connection.request(method, base + path, json.dumps(body) if body is not None else None, headers)
+        connection.request(method, base + path, *_message(remote, path, "application/json", body))
         response = connection.getresponse()
         status, content = response.status, response.read()
     except (OSError, HTTPException) as error:
@@ -192,22 +203,38 @@ def ask(
     return _read_answer(remote, status, content, hints or {})
 
 
-def follow(remote: Remote, path: str) -> Iterator[dict[str, Any]]:
-    """The server's events, each as it comes, to their end. Raises Failure, as ``ask`` does."""
+def follow(
+    remote: Remote, path: str, body: dict[str, Any] | None = None, hints: Mapping[int, str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The server's events, each as it comes, to their end: of a GET, or of what a ``body`` asks for.
+
+    Raises Failure, as ``ask`` does.
+    """
     connection, base = _connect(remote.url, _CHANGE_SECONDS)
-    headers = {"Accept": "text/event-stream"} | ({"X-Admin-Key": remote.key} if remote.key else {})
     try:
-        connection.request("GET", base + path, None, headers)
+        method = "GET" if body is None else "POST"
+        connection.request(method, base + path, *_message(remote, path, "text/event-stream", body))
         response = connection.getresponse()
         if response.status != 200:
-            _read_answer(remote, response.status, response.read(), {})
+            _read_answer(remote, response.status, response.read(), hints or {})
         for line in response:
-            if line.startswith(b"data: "):
+            if line.startswith(b"data: ") and line != _LAST_EVENT:
                 yield json.loads(line.removeprefix(b"data: "))
     except (OSError, HTTPException) as error:
         raise _silence(remote, error) from None
     finally:
         connection.close()
+
+
+def _message(remote: Remote, path: str, accept: str, body: dict[str, Any] | None) -> tuple[str | None, dict[str, str]]:
+    """The body and the headers of a request."""
+    headers = {"Accept": accept}
+    if remote.key:
+        admin = path.startswith("/admin")
+        headers |= {"X-Admin-Key": remote.key} if admin else {"Authorization": f"Bearer {remote.key}"}
+    if body is None:
+        return None, headers
+    return json.dumps(body), headers | {"Content-Type": "application/json"}
 
 
 def _silence(remote: Remote, error: Exception) -> Failure:
@@ -293,7 +320,7 @@ def show_line(line: str) -> None:
 
 
 def _cell(name: str, value: Any) -> str:
-    """A value for people; sizes are shown in binary units."""
+    """A value for people: sizes in binary units, moments in local time."""
     match value:
         case None | []:
             return "-"
@@ -301,6 +328,8 @@ def _cell(name: str, value: Any) -> str:
             return "yes" if value else "no"
         case int() if name.endswith("_bytes"):
             return show_size(value)
+        case float() if name.endswith("_at"):
+            return _local_time(value)
         case list():
             return ", ".join(map(str, value))
         case _:
