@@ -84,6 +84,19 @@ class FakeWorker:
     serving: int = 0
     stopping: bool = False
     alive: bool = True
+    progress: int = 0
+    killed_for: str | None = None
+
+    @property
+    def busy(self) -> bool:
+        """True while a test has a request running on it."""
+        return self.serving > 0
+
+    def kill(self, reason: str) -> None:
+        """Ends by the server's hand, unasked."""
+        self.killed_for = reason
+        self.machine.killed.append((self.model.id, reason))
+        self.end(-9)
 
     @property
     def facts(self) -> ModelFacts:
@@ -123,7 +136,7 @@ class FakeWorker:
         if self.alive:
             self.alive = False
             self.machine.workers.remove(self)
-            self.on_exit(WorkerExit(self.pid, exit_code, stderr_tail, expected=self.stopping))
+            self.on_exit(WorkerExit(self.pid, exit_code, stderr_tail, self.stopping, self.killed_for))
 
 
 @dataclass(eq=False)
@@ -142,6 +155,7 @@ class Machine:
     workers: list[FakeWorker] = field(default_factory=list)
     loads: list[str] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
+    killed: list[tuple[str, str]] = field(default_factory=list)
     closing: bool = False
     load_gate: asyncio.Event = field(default_factory=asyncio.Event)
     stop_gate: asyncio.Event = field(default_factory=asyncio.Event)

@@ -132,6 +132,19 @@ class SchedulingConfig(Section):
     prefix_cache: PrefixCacheConfig = Field(default=PrefixCacheConfig(), description="The prefix cache.")
 
 
+class WorkersConfig(Section):
+    """The processes that hold the models."""
+
+    # Nothing a worker does in one step takes a tenth of it on a machine that is fit for its model.
+    stall_seconds: float = Field(
+        default=60, ge=1, description="Seconds a worker with work may make no step before it is replaced."
+    )
+    restart_limit: int = Field(
+        default=5, ge=1, description="Deaths within the window after which a model has failed until it is loaded."
+    )
+    restart_window_seconds: float = Field(default=300, gt=0, description="Seconds after which a death is forgiven.")
+
+
 class DownloadsConfig(Section):
     """Where models come from."""
 
@@ -157,7 +170,7 @@ class LoggingConfig(Section):
 
     level: Level = Field(default="INFO", description="Least level written: DEBUG, INFO, WARNING, ERROR or CRITICAL.")
     format: Literal["json", "console"] = Field(
-        default="json", description="json: an object a line; console: for reading."
+        default="json", description="json: an object a line; console: for reading, as a terminal gets it unless set."
     )
     file: str | None = Field(default=None, description="File to append to; null: standard error.")
 
@@ -184,6 +197,7 @@ class Config(Section):
     models: ModelsConfig = Field(default=ModelsConfig(), description=ModelsConfig.__doc__)
     memory: MemoryConfig = Field(default=MemoryConfig(), description=MemoryConfig.__doc__)
     scheduling: SchedulingConfig = Field(default=SchedulingConfig(), description=SchedulingConfig.__doc__)
+    workers: WorkersConfig = Field(default=WorkersConfig(), description=WorkersConfig.__doc__)
     downloads: DownloadsConfig = Field(default=DownloadsConfig(), description=DownloadsConfig.__doc__)
     logging: LoggingConfig = Field(default=LoggingConfig(), description=LoggingConfig.__doc__)
     security: SecurityConfig = Field(default=SecurityConfig(), description=SecurityConfig.__doc__)

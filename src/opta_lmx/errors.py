@@ -20,6 +20,8 @@ LmxError
 ├── WorkerError                a worker failed
 │   ├── LoadFailed             the model could not be loaded
 │   ├── WorkerLost             the process ended while it was needed
+│   │   └── LostTwice          it did so twice with this request inside
+│   ├── RestartsExhausted      it ended too often to be started again unasked
 │   ├── GenerationFailed       one request failed inside a living worker
 │   └── GenerationStalled      a living worker made no token for one request for too long
 └── DownloadError
@@ -179,12 +181,14 @@ class WorkerError(LmxError):
 
 
 class LoadFailed(WorkerError):
-    """The model's files could not be loaded; ``reason`` says what is wrong with them."""
+    """The model could not be loaded; ``reason`` says why. ``crashed``: its process ended, which need not be the files'
+    fault."""
 
-    def __init__(self, model_id: str, reason: str) -> None:
+    def __init__(self, model_id: str, reason: str, *, crashed: bool = False) -> None:
         super().__init__(f"The model {model_id!r} could not be loaded: {reason}")
         self.model_id = model_id
         self.reason = reason
+        self.crashed = crashed
 
 
 class WorkerLost(WorkerError):
@@ -192,6 +196,30 @@ class WorkerLost(WorkerError):
 
     def __init__(self, model_id: str, cause: str) -> None:
         super().__init__(f"The worker of {model_id!r} ended unexpectedly ({cause}).")
+        self.model_id = model_id
+        self.cause = cause
+
+
+class LostTwice(WorkerLost):
+    """The worker ended twice before this request's first token: likelier its doing than its misfortune."""
+
+    def __init__(self, model_id: str, cause: str) -> None:
+        LmxError.__init__(
+            self,
+            f"The worker of {model_id!r} ended twice while it worked on this request ({cause}); it is not tried again.",
+        )
+        self.model_id = model_id
+        self.cause = cause
+
+
+class RestartsExhausted(WorkerError):
+    """The model's workers ended too often within a time; ``cause`` is the last end."""
+
+    def __init__(self, model_id: str, deaths: int, window_seconds: float, cause: str) -> None:
+        super().__init__(
+            f"The worker of {model_id!r} ended {deaths} times within {window_seconds:g} seconds (last: {cause}). "
+            "POST /admin/models/load starts it again."
+        )
         self.model_id = model_id
         self.cause = cause
 

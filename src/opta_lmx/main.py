@@ -26,6 +26,7 @@ from opta_lmx.inference.spawner import WorkerSpawner
 from opta_lmx.manager.catalog import is_encoder
 from opta_lmx.manager.changes import ChangeFeed, ModelChange
 from opta_lmx.manager.download import DownloadManager
+from opta_lmx.manager.download_job import Download
 from opta_lmx.manager.footprint import footprint_bytes
 from opta_lmx.manager.memory import MemoryMonitor, SystemProbe
 from opta_lmx.manager.metal import read_metal
@@ -34,7 +35,7 @@ from opta_lmx.manager.residency import Residency
 from opta_lmx.monitoring.logging import configure_logging, get_logger
 from opta_lmx.monitoring.timing import RequestBook
 from opta_lmx.reload import Reloader
-from opta_lmx.types import LoadOptions, ModelFiles, Worker, WorkerExit
+from opta_lmx.types import LoadOptions, ModelFiles, ModelState, Worker, WorkerExit
 
 # Once the drain is over nothing should be open; a connection that is gets this long before it is cut.
 _CONNECTION_GRACE_SECONDS = 2
@@ -106,7 +107,7 @@ class Runtime:
         self.memory = MemoryMonitor(config.memory, SystemProbe(read_metal(), self._footprints))
         self.models = ModelManager(config.models)
         self.downloads = DownloadManager(
-            config.downloads, config.models.directory, self.models, self.supervisor, on_change=self.changes.publish
+            config.downloads, config.models.directory, self.models, self.supervisor, on_change=self._download_changed
         )
         self.spawner = WorkerSpawner(keep_spare=config.models.spare_worker, start_soon=self.supervisor.start_soon)
         self.residency = Residency(
@@ -116,6 +117,7 @@ class Runtime:
             options=self._load_options,
             tasks=self.supervisor,
             auto_evict=config.memory.auto_evict_lru,
+            workers=config.workers,
             on_change=self._model_changed,
         )
         self.engine = InferenceEngine(config, self.models, self.residency, requests=self.requests)
@@ -152,7 +154,7 @@ class Runtime:
         """Tell every owner of changed settings, the memory cap before those who wait for room under it."""
         self.config = self.services.config = config
         self.memory.reconfigure(config.memory)
-        self.residency.reconfigure(config.models, auto_evict=config.memory.auto_evict_lru)
+        self.residency.reconfigure(config.models, auto_evict=config.memory.auto_evict_lru, workers=config.workers)
         self.engine.reconfigure(config)
         self.downloads.reconfigure(config.downloads)
 
@@ -186,7 +188,21 @@ class Runtime:
     def _model_changed(self, change: ModelChange) -> None:
         if change.cause is not None:
             self.requests.stopped(change.model_id, change.cause)
+        if change.state is ModelState.FAILED:
+            self.requests.load_failed(change.model_id)
+        if change.state is ModelState.ABSENT and change.reason is not None and self._is_wanted(change.model_id):
+            self.supervisor.start_soon(self._try, "restart_failed", self.engine.revive_model, change.model_id)
         self.changes.publish(change)
+
+    def _is_wanted(self, model_id: str) -> bool:
+        """True for models that are to be in memory whether or not anybody asks."""
+        known = [files.id for files in self.models.list_available()]
+        return model_id in {self.engine.resolve(name) for name in self.config.models.auto_load if name in known}
+
+    def _download_changed(self, download: Download) -> None:
+        if download.state.is_last:
+            self.requests.downloads[download.state.value] += 1
+        self.changes.publish(download)
 
     def _footprints(self) -> int:
         """What the workers hold together, in bytes."""

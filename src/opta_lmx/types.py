@@ -243,9 +243,13 @@ class WorkerExit:
     exit_code: int | None
     stderr_tail: str
     expected: bool
+    # Why the server killed it, if it did so unasked.
+    killed_for: str | None = None
 
     def __str__(self) -> str:
         """How it ended, in words, with its last line."""
+        if self.killed_for is not None:
+            return self.killed_for
         code = self.exit_code
         if code is None:
             how = "no exit code"
@@ -274,8 +278,22 @@ class Worker(Protocol):
     def pid(self) -> int: ...
     @property
     def facts(self) -> ModelFacts: ...
+    @property
+    def busy(self) -> bool:
+        """True while a request is with it."""
+        ...
+
+    @property
+    def progress(self) -> int:
+        """Changes with every step it reports."""
+        ...
+
     def govern_kv(self, decide: Callable[[int | None], int]) -> None:
         """Who answers its wishes for KV memory with the bytes it may take; None tells that it is idle."""
+        ...
+
+    def kill(self, reason: str) -> None:
+        """End the process at once; ``reason`` is what its exit then says."""
         ...
 
     async def stop(self, grace_seconds: float) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -113,13 +113,13 @@ class StartServer(Protocol):
     def __call__(self, models: Models | None = None, /, **sections: dict[str, Any]) -> RunningServer: ...
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[StartServer]:
-    """Every server started is stopped and leaves no child: ``server({"a": EchoOptions()}, memory={...})``."""
+@contextmanager
+def servers(directory: Path) -> Iterator[StartServer]:
+    """Starts servers with their homes in a directory; at the end each is stopped and leaves no child."""
     with ExitStack() as running:
 
         def start(models: Models | None = None, /, **sections: dict[str, Any]) -> RunningServer:
-            home = tmp_path / f"server-{len(list(tmp_path.glob('server-*')))}"
+            home = directory / f"server-{len(list(directory.glob('server-*')))}"
             started = _start(home, models or {}, sections)
             running.callback(started.stop)
             started.wait_ready()
@@ -128,12 +128,19 @@ def server(tmp_path: Path) -> Iterator[StartServer]:
         yield start
 
 
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[StartServer]:
+    """Every server started is stopped and leaves no child: ``server({"a": EchoOptions()}, memory={...})``."""
+    with servers(tmp_path) as start:
+        yield start
+
+
 def _start(home: Path, models: Models, sections: Mapping[str, dict[str, Any]]) -> RunningServer:
     models_directory = home / "models"
     models_directory.mkdir(parents=True)
     for id, model in models.items():
         _put(models_directory / id, model)
-    port = _free_port()
+    port = free_port()
     config: dict[str, dict[str, Any]] = {
         "server": {"host": "127.0.0.1", "port": port, "drain_seconds": 2},
         # A spare would import MLX beside every test, and a prefix cache would take room no echo model uses.
@@ -165,7 +172,8 @@ def _put(directory: Path, model: EchoOptions | Path) -> None:
     (directory / "echo.json").write_bytes(msgspec.json.encode(model))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port

@@ -140,7 +140,15 @@ async def test_the_log_tells_every_request_and_no_words(guarded: RunningServer) 
     assert '"level":"DEBUG"' in written
 
 
-SHOWN = ("/admin/status", "/admin/models", "/admin/metrics", "/admin/metrics/json", "/admin/config", "/admin/health")
+SHOWN = (
+    "/admin/requests",
+    "/admin/status",
+    "/admin/models",
+    "/admin/metrics",
+    "/admin/metrics/json",
+    "/admin/config",
+    "/admin/health",
+)
 
 
 def tools() -> JsonObject:
@@ -176,6 +184,46 @@ SENT = {
     "long": ("good", "refused", "ContextTooLong"),
     "failing": ("bad", "error", "LoadFailed"),
     "dying": ("dies", "error", "WorkerLost"),
+}
+
+
+async def test_every_change_of_a_model_has_its_line(server: StartServer) -> None:
+    """In the order in which it happens, under one name for the model, with the numbers that led to it."""
+    running = server({"a": EchoOptions(), "dies": EchoOptions(exit_at=3), "bad": EchoOptions(fail_load="it is broken")})
+    async with connect(running) as client:
+        await client.post("/admin/models/load", json={"model_id": "a"})
+        await client.post("/admin/models/unload", json={"model_id": "a"})
+        await client.post("/admin/models/load", json={"model_id": "bad"})
+        await client.post(CHAT, json=chat("dies", words(9)))
+        await until_all_returned(client)
+
+    def changes(model: str) -> list[JsonObject]:
+        return [line for line in lines(running) if line.get("model") == model and line["event"] in CHANGES]
+
+    assert [line["event"] for line in changes("a")] == [
+        "load_started",
+        "model_loaded",
+        "stop_started",
+        "model_unloaded",
+    ]
+    assert [line["event"] for line in changes("bad")] == ["load_started", "load_failed"]
+    dead = [line["event"] for line in changes("dies")]
+    assert dead == ["load_started", "model_loaded", "worker_lost", "model_unloaded"]
+    for line in changes("a") + changes("bad") + changes("dies"):
+        assert CHANGES[line["event"]] <= line.keys(), line
+    started, loaded, stopped, _ = changes("a")
+    assert loaded["need_bytes"] == started["need_bytes"] > 0
+    assert stopped["cause"] == "unloaded"
+
+
+# What each line has beside the model and its time: the numbers of the decision, or of what came of it.
+CHANGES = {
+    "load_started": {"need_bytes", "used_bytes", "reserved_bytes", "limit_bytes", "verdict", "arithmetic"},
+    "model_loaded": {"pid", "seconds", "need_bytes", "used_bytes"},
+    "load_failed": {"seconds", "reason"},
+    "stop_started": {"cause", "idle_seconds"},
+    "worker_lost": {"pid", "leases", "reason"},
+    "model_unloaded": {"freed_bytes", "used_bytes"},
 }
 
 

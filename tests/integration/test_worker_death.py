@@ -9,6 +9,7 @@ import anyio
 import httpx
 import pytest
 
+from opta_lmx.inference.worker.echo_backend import EXIT_WORD
 from opta_lmx.types import EchoOptions, JsonObject
 from tests.integration.chatting import (
     Stream,
@@ -202,13 +203,114 @@ async def test_a_request_that_kills_its_worker_twice_is_refused(server: StartSer
     """It is likelier the cause than the victim: two starts, then 503 with the exit code; no third worker."""
     running = server({"poisoned": EchoOptions(exit_at=1), "b": EchoOptions()})
     async with connect(running) as client:
-        error = check_error(await ask(client, "poisoned", "x"), 503, "worker_lost")
+        response = await ask(client, "poisoned", "x")
+        error = check_error(response, 503, "request_lost_twice")
         shown = model_status(await status(client), "poisoned")
         await until_all_returned(client)
         assert content(await ask(client, "b", "unharmed")) == "unharmed"
+    assert response.headers["x-should-retry"] == "false"
     assert "exit code 9" in error["message"]
     assert (shown["state"], shown["restarts"]) == ("absent", 1)
     assert "exit code 9" in shown["reason"]
+
+
+async def test_one_poisoned_request_costs_the_others_only_time(server: StartServer) -> None:
+    """Of nine that saw their worker die, one kills it again and is refused; eight are answered, as are newer ones."""
+    running = server({"a": EchoOptions(token_seconds=0.02)})
+    answers: dict[str, httpx.Response] = {}
+    async with connect(running) as client:
+        content(await ask(client, "a", "loaded"))
+
+        async def wait(text: str) -> None:
+            answers[text] = await ask(client, "a", text)
+
+        async with anyio.create_task_group() as tasks:
+            for text in ("one", "two", "three", "four", f"{EXIT_WORD} all", "five", "six", "seven", "eight"):
+                tasks.start_soon(wait, text)
+        newer = content(await ask(client, "a", "newer"))
+        restarts = model_status(await status(client), "a")["restarts"]
+        await until_all_returned(client)
+    poisoned = answers.pop(f"{EXIT_WORD} all")
+    check_error(poisoned, 503, "request_lost_twice")
+    assert newer == "newer"
+    assert restarts == 2
+    # Whoever had words already when the worker died cannot be started again, and is told so.
+    lost = [text for text, answer in answers.items() if answer.status_code != 200]
+    for text in lost:
+        check_error(answers[text], 503, "worker_lost")
+    assert {text: content(answer) for text, answer in answers.items() if text not in lost} == {
+        text: text for text in answers if text not in lost
+    }
+
+
+async def test_a_worker_that_dies_again_and_again_is_left_alone(server: StartServer) -> None:
+    """After the deaths the settings allow the model has failed, and says why; a load by hand starts it again."""
+    running = server({"a": EchoOptions(), "b": EchoOptions()}, workers={"restart_limit": 3})
+    async with connect(running) as client:
+        for _ in range(3):
+            content(await ask(client, "a", "up"))
+            await kill_worker(client, "a")
+            await until_status(client, lambda shown: not in_state("a", "ready")(shown))
+        refused = await ask(client, "a", "x")
+        error = check_error(refused, 503, "model_failed")
+        shown = model_status(await status(client), "a")
+        assert (shown["state"], "SIGKILL" in shown["reason"]) == ("failed", True)
+        assert content(await ask(client, "b", "unharmed")) == "unharmed"
+        loaded = await client.post("/admin/models/load", json={"model_id": "a"})
+        assert loaded.status_code == 200, loaded.text
+        assert content(await ask(client, "a", "back")) == "back"
+    assert "SIGKILL" in error["message"]
+    assert "/admin/models/load" in error["message"]
+    assert refused.headers["x-should-retry"] == "false"
+
+
+async def test_a_worker_that_makes_no_step_is_replaced(server: StartServer) -> None:
+    """Stopped like a process that waits for ever: not ready by its name, then ended; its requests go on elsewhere."""
+    running = server({"a": EchoOptions(), "b": SLOW}, workers={"stall_seconds": 2})
+    async with connect(running) as client:
+        content(await ask(client, "a", "up"))
+        stopped: int = model_status(await status(client), "a")["pid"]
+        os.kill(stopped, signal.SIGSTOP)
+        answers: list[httpx.Response] = []
+
+        async def wait() -> None:
+            answers.append(await ask(client, "a", "again"))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait)
+            not_ready = await until(lambda: client.get("/admin/ready"), lambda answer: answer.status_code == 503)
+            assert "a has made no step" in not_ready.json()["reason"]
+        assert content(answers[0]) == "again"
+        shown = model_status(await status(client), "a")
+        assert (shown["state"], shown["restarts"]) == ("ready", 1)
+        assert shown["pid"] != stopped
+        assert (await client.get("/admin/ready")).status_code == 200
+        assert content(await ask(client, "b", "unharmed")) == "unharmed"
+    assert "worker_stalled" in running.log.read_text()
+
+
+async def test_a_stream_of_a_stalled_worker_ends_with_its_reason(server: StartServer) -> None:
+    """Words, then silence for the bound, then one error that says what was wrong."""
+    running = server({"a": EchoOptions(hang_at=5)}, workers={"stall_seconds": 1})
+    async with connect(running) as client:
+        read = await stream(client, chat("a", words(20)))
+        await until_all_returned(client)
+    assert b"w0" in read.raw
+    assert b"made no step for" in read.raw
+    assert b"[DONE]" not in read.raw
+
+
+async def test_a_model_that_is_to_be_loaded_comes_back_unasked(server: StartServer) -> None:
+    """One that ``auto_load`` names is started again at once, so that the server becomes ready by itself."""
+    running = server({"a": EchoOptions()}, models={"auto_load": ["a"]})
+    async with connect(running) as client:
+        await until_status(client, in_state("a", "ready"))
+        killed = await kill_worker(client, "a")
+        shown = await until_status(
+            client, lambda shown: in_state("a", "ready")(shown) and model_status(shown, "a")["pid"] != killed
+        )
+        assert (await client.get("/admin/ready")).status_code == 200
+    assert model_status(shown, "a")["restarts"] == 1
 
 
 async def test_a_worker_killed_while_loading_fails_that_load_only(server: StartServer) -> None:

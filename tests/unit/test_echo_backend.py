@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from opta_lmx.errors import ContextTooLong, InvalidRequest, LoadFailed, UnsupportedParameter
 from opta_lmx.inference.protocol import Failed, Generate, Load, Started
 from opta_lmx.inference.worker.backend import Backend
-from opta_lmx.inference.worker.echo_backend import FAIL_WORD, EchoBackend, decode, encode
+from opta_lmx.inference.worker.echo_backend import EXIT_WORD, FAIL_WORD, EchoBackend, decode, encode
 from opta_lmx.types import (
     ChatPrompt,
     Delta,
@@ -26,7 +26,8 @@ from opta_lmx.types import (
     TokenPrompt,
 )
 
-_TEXT = st.text(st.characters(codec="utf-8"), max_size=60).filter(lambda text: not text.startswith(FAIL_WORD))
+_ORDERS = (FAIL_WORD, EXIT_WORD)
+_TEXT = st.text(st.characters(codec="utf-8"), max_size=60).filter(lambda text: not text.startswith(_ORDERS))
 
 
 class _ProcessEnded(Exception):

@@ -1,9 +1,11 @@
 """The log: one form for every line, whoever writes it, and no secret in any of them."""
 
+import io
 import json
 import logging
 import re
 import stat
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +130,37 @@ def test_console_form_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "model=m" in written
     assert "{" not in written
     assert "\x1b" not in written
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("settings", "no_color", "form", "coloured"),
+    [
+        ({}, "", "console", True),
+        ({}, "1", "console", False),
+        ({"format": "console"}, "1", "console", False),
+        ({"format": "json"}, "", "json", False),
+    ],
+)
+def test_a_terminal_is_read_by_people(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], no_color: str, form: str, coloured: bool
+) -> None:
+    """It gets the console form unless the settings name one, in colour unless NO_COLOR forbids it."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    configure_logging(LoggingConfig.model_validate(settings))
+    get_logger("opta_lmx.test").warning("model_unloaded", model="m")
+    written = terminal.getvalue()
+    assert "model_unloaded" in written
+    assert written.startswith("{") == (form == "json")
+    assert ("\x1b[" in written) == coloured
 
 
 def test_file_is_private_and_follows_rotation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

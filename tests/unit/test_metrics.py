@@ -14,6 +14,8 @@ FACTS = Facts(
     depths={"a": (3, 2)},
     states={"a": ModelState.READY, 'acme/"odd"': ModelState.ABSENT},
     restarts={"a": 4},
+    memory={"a": 6},
+    downloads=1,
     used_bytes=10,
     limit_bytes=90,
     reserved_bytes=5,
@@ -38,6 +40,8 @@ def books() -> RequestBook:
     Timeline(books, "req", 1, clock).end(Outcome.REFUSED)
     books.stopped("a", "evicted")
     books.stopped("a", "unloaded")
+    books.load_failed("a")
+    books.downloads["completed"] += 3
     return books
 
 
@@ -71,6 +75,10 @@ def test_a_parser_of_the_format_reads_all_of_it(books: RequestBook) -> None:
         ("lmx_requests_total", "", "refused"): 1,
         ("lmx_evictions_total", "a", "evicted"): 1,
         ("lmx_worker_restarts_total", "a"): 4,
+        ("lmx_model_load_failures_total", "a"): 1,
+        ("lmx_downloads_total", "completed"): 3,
+        ("lmx_model_memory_bytes", "a"): 6,
+        ("lmx_downloads_running",): 1,
         ("lmx_requests_running", "a"): 3,
         ("lmx_requests_waiting", "a"): 2,
         ("lmx_model_state", "a", "ready"): 1,

@@ -2,6 +2,7 @@
 
 import pytest
 
+from opta_lmx.config import WorkersConfig
 from opta_lmx.config_models import ModelsConfig, PerModel
 from opta_lmx.errors import Conflict, InvalidRequest
 from opta_lmx.types import ModelState
@@ -123,9 +124,9 @@ async def test_a_reload_reaches_what_is_loaded_unless_a_caller_has_said_otherwis
         (await house.serve(B, ttl_seconds=50)).end()
         house.residency.pin("b")
         settings = ModelsConfig(ttl_seconds=70, per_model={"a": PerModel(pinned=True)})
-        house.residency.reconfigure(settings, auto_evict=True)
+        house.residency.reconfigure(settings, auto_evict=True, workers=WorkersConfig())
         assert [(house.shown(id).ttl_seconds, house.shown(id).pinned) for id in "ab"] == [(70, True), (50, True)]
-        house.residency.reconfigure(ModelsConfig(ttl_seconds=70), auto_evict=True)
+        house.residency.reconfigure(ModelsConfig(ttl_seconds=70), auto_evict=True, workers=WorkersConfig())
         assert [house.shown(id).pinned for id in "ab"] == [False, True]
         await house.advance(70)
         assert [model.id for model in house.residency.snapshot()] == ["b"]

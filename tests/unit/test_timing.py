@@ -23,7 +23,7 @@ from opta_lmx.errors import (
 from opta_lmx.inference.embedding import EmbedRequest
 from opta_lmx.inference.protocol import Embed, Embedded, Rank, Started
 from opta_lmx.inference.worker_reply import WorkerReply
-from opta_lmx.monitoring.timing import Histogram, Outcome, RequestBook, Timeline
+from opta_lmx.monitoring.timing import Histogram, LiveRequest, Outcome, Phase, RequestBook, Timeline
 from opta_lmx.types import CacheReport, Delta, FinishReason, TextPrompt
 from tests.engine_house import House, ScriptedWorker, house, request
 from tests.fake_workers import Clock, settle
@@ -91,6 +91,35 @@ def test_the_line_of_a_whole_request(books: RequestBook, clock: Clock) -> None:
     assert (book.queue.sum, book.time_to_first_token.sum, book.e2e.sum) == (3, 7, 15)
     assert (book.prompt_tokens, book.cached_tokens, book.completion_tokens) == (30, 20, 10)
     assert book.outcomes == {Outcome.STOP: 1}
+
+
+def test_a_request_is_shown_in_each_of_its_phases(books: RequestBook, clock: Clock) -> None:
+    """In line, waiting for its model, prompt being read, making tokens; what has not come is None; then it is gone."""
+    timeline = begin(books, clock)
+
+    def shown() -> LiveRequest:
+        [live] = books.live()
+        return live
+
+    assert (shown().phase, shown().model_id, shown().queue_seconds) == (Phase.QUEUE, None, None)
+    timeline.resolved("a")
+    clock.seconds += 1
+    timeline.admitted()
+    assert shown().phase is Phase.LOAD
+    clock.seconds += 2
+    timeline.leased()
+    assert (shown().phase, shown().queue_seconds, shown().prompt_tokens) == (Phase.PREFILL, 3, None)
+    clock.seconds += 4
+    timeline.prompt_tokens = 30
+    timeline.first_token(2)
+    assert (shown().completion_tokens, shown().tokens_per_second) == (2, None)
+    timeline.looked([Delta(0, "x", 2)])
+    clock.seconds += 2
+    timeline.looked([Delta(0, "y", 4)])
+    assert (shown().phase, shown().ttft_seconds, shown().age_seconds) == (Phase.DECODE, 7, 9)
+    assert (shown().prompt_tokens, shown().completion_tokens, shown().tokens_per_second) == (30, 6, 2)
+    timeline.end(Outcome.STOP)
+    assert books.live() == []
 
 
 def test_gaps_between_tokens_are_counted_by_look(books: RequestBook, clock: Clock) -> None:
@@ -260,7 +289,7 @@ async def test_every_request_has_exactly_one_line() -> None:
         (None, "refused", "ModelNotFound"),
         ("a", "refused", "QueueFull"),
         ("a", "cancelled", None),
-        ("a", "error", "WorkerLost"),
+        ("a", "error", "LostTwice"),
         (None, "refused", "Draining"),
     ]
 

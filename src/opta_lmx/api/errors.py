@@ -140,6 +140,9 @@ TABLE: Mapping[type[Exception], Row] = {
     # 422, not 5xx: the files are bad until somebody changes them, and each retry would cost another whole load.
     lmx.LoadFailed: Row(422, _REQUEST, "model_load_failed", retry=False),
     lmx.WorkerLost: Row(503, _SERVER, "worker_lost", after_seconds=1),
+    # Each retry of a client would cost a worker, and everybody's streams with it.
+    lmx.LostTwice: Row(503, _SERVER, "request_lost_twice", retry=False),
+    lmx.RestartsExhausted: Row(503, _SERVER, "model_failed", retry=False),
     # The same request would most likely fail in the same place again.
     lmx.GenerationFailed: Row(500, _SERVER, retry=False),
     # A client that repeats it by itself would wait as long again.

@@ -13,7 +13,7 @@ from starlette.types import Lifespan
 
 from opta_lmx import __version__
 from opta_lmx.api import docs
-from opta_lmx.api.admin import config, downloads, events, leases, metrics, plan
+from opta_lmx.api.admin import config, downloads, events, leases, metrics, plan, requests
 from opta_lmx.api.admin import models as admin_models
 from opta_lmx.api.admin import status as admin_status
 from opta_lmx.api.admin.wire import LeaseRequest, ModelRequest, PlanRequest, UnloadRequest, VerifyRequest
@@ -69,6 +69,7 @@ def build_app(
         models,
         admin_status,
         metrics,
+        requests,
         config,
         leases,
         plan,

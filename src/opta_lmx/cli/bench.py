@@ -27,7 +27,7 @@ _HINTS: Final = {
 # Of each turn, so that the last ones, which have the machine to themselves, do not decide.
 _REQUESTS_EACH: Final = 4
 
-# Short and frequent: a token each to most tokenizers. With so many, no two prompts begin alike.
+# Short and frequent: a token each to most tokenizers. Two prompts of them part within a few words.
 _WORDS: Final = ("time", "way", "day", "man", "thing", "life", "hand", "part", "place", "case", "week", "work", "fact")
 
 
@@ -66,18 +66,19 @@ class Turn:
 def run_bench(arguments: Arguments, environ: Mapping[str, str]) -> int:
     """Measure turn by turn and print a row for each. Raises Failure where a request failed, after the rows."""
     remote = find_inference(arguments, environ)
+    # Not those of another run, which the server's prefix cache may still know.
+    seed = random.SystemRandom().getrandbits(64)
     show_line(f"{arguments.model}: the first request, which may load it")
-    first = _answer(remote, arguments, 0)
+    first = _answer(remote, arguments, seed)
     if first.failure is not None:
         show_line("")
         raise first.failure
     turns: list[Turn] = []
     failures: list[Failure] = []
-    seed = 1
     for concurrency in arguments.concurrency:
         count = arguments.requests or _REQUESTS_EACH * concurrency
         show_line(f"{arguments.model}: {count} requests, {concurrency} at a time")
-        answers, seconds = _ask_all(remote, arguments, concurrency, range(seed, seed + count))
+        answers, seconds = _ask_all(remote, arguments, concurrency, range(seed + 1, seed + 1 + count))
         seed += count
         turns.append(summarise(concurrency, answers, seconds))
         failures += [answer.failure for answer in answers if answer.failure is not None]

@@ -276,7 +276,7 @@ def _refusal(status: int, answer: dict[str, Any], better: Mapping[int, str]) -> 
     hints = {
         401: "give the admin key with --admin-key or $OPTA_LMX_ADMIN_KEY",
         404: "opta-lmx ls shows the models there are",
-        409: "opta-lmx ps shows what holds the model",
+        409: "opta-lmx ps shows the loaded models, and what holds them",
         507: "opta-lmx ps shows what is loaded, opta-lmx unload MODEL makes room",
         **better,
     }

@@ -24,7 +24,7 @@ _ENDS: Final = (signal.SIGTERM, signal.SIGHUP)
 class Screen:
     """The terminal on standard output, for the length of a ``with``; keys come from standard input if that is one.
 
-    SIGTERM and SIGHUP raise SystemExit meanwhile, with the code the shell would show for them.
+    SIGINT raises KeyboardInterrupt meanwhile, SIGTERM and SIGHUP SystemExit with the code the shell would show.
     """
 
     def __init__(self) -> None:
@@ -33,6 +33,8 @@ class Screen:
 
     def __enter__(self) -> Self:
         self._handlers = {number: signal.signal(number, _end) for number in _ENDS}
+        # Whoever started us may have had it ignored.
+        self._handlers[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
         if sys.stdin.isatty():
             self._keys = termios.tcgetattr(sys.stdin)
             tty.setcbreak(sys.stdin)
@@ -51,7 +53,7 @@ class Screen:
     def draw(self, lines: Iterable[str]) -> None:
         """Put ``lines`` in the place of those before: none wider than the terminal, and one less than it is high."""
         # Cleared before it is written: behind a line as wide as the terminal its last character would go.
-        _write(_HOME + "".join(f"{_CLEAR_LINE}{line}\r\n" for line in lines) + _CLEAR_BELOW)
+        _write(_HOME + "".join(f"{_CLEAR_LINE}{line}\n" for line in lines) + _CLEAR_BELOW)
 
     def keys(self, seconds: float) -> str:
         """What was typed as soon as something was, or empty after so many seconds."""

@@ -71,9 +71,10 @@ def _within(lines: Sequence[str], rows: int) -> Sequence[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Past:
-    """Counters at one moment: seconds, tokens made, and first tokens by upper bound (cumulative)."""
+    """Counters at one moment, here and of the server (seconds): tokens, first tokens by upper bound (cumulative)."""
 
     at: float
+    uptime: float
     tokens: float
     first_tokens: Counter[float]
 
@@ -96,8 +97,9 @@ class Watch:
         """
         status, metrics = self.get("/admin/status"), self.get("/admin/metrics/json")
         requests = self.get("/admin/requests")["requests"]
-        past = _Past(self.now(), _total(metrics, "lmx_generation_tokens_total"), _first_tokens(metrics))
-        if self._history and past.tokens < self._history[-1].tokens:
+        tokens, uptime = _total(metrics, "lmx_generation_tokens_total"), status["uptime_seconds"]
+        past = _Past(self.now(), uptime, tokens, _first_tokens(metrics))
+        if self._history and uptime < self._history[-1].uptime:
             self._history.clear()  # another server than before
         while self._history and past.at - self._history[0].at > _TTFT_SECONDS:
             self._history.popleft()

@@ -7,6 +7,7 @@ not when the caller stops listening.
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import TypeVar
@@ -15,30 +16,28 @@ from opta_lmx.config import Config
 from opta_lmx.config_models import Preset
 from opta_lmx.errors import (
     Draining,
-    GenerationStalled,
     InvalidRequest,
     LmxError,
+    LostTwice,
     ModelNotFound,
     UnsupportedParameter,
     WorkerLost,
 )
-from opta_lmx.inference.admission import Admission, Slot
+from opta_lmx.inference.admission import Admission
 from opta_lmx.inference.embedding import EmbedRequest, RankRequest
+from opta_lmx.inference.held import Held
 from opta_lmx.inference.protocol import Embedded, Ranked
+from opta_lmx.inference.quarantine import Quarantine
 from opta_lmx.inference.worker_client import WorkerClient
-from opta_lmx.inference.worker_reply import WorkerReply
 from opta_lmx.inference.worker_stream import WorkerStream
 from opta_lmx.manager.catalog import is_encoder
 from opta_lmx.manager.memory import LoadPlan
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.residency import Lease, LoadResult, Residency, UnloadResult
 from opta_lmx.monitoring.logging import get_logger
-from opta_lmx.monitoring.timing import Outcome, RequestBook, Timeline
+from opta_lmx.monitoring.timing import RequestBook, Timeline
 from opta_lmx.router.resolve import preset_behind, resolve
-from opta_lmx.types import CacheReport, Delta, FinishReason, GenerateRequest, ModelFacts, ModelFiles
-
-# A request that was in two workers when they died is likelier to be the cause than the victim.
-_STARTS = 2
+from opta_lmx.types import CacheReport, Delta, GenerateRequest, ModelFacts, ModelFiles
 
 # A client that keeps asking for a model that does not exist must not make us read the disk each time.
 _LOOK_AGAIN_SECONDS = 1.0
@@ -117,8 +116,9 @@ class InferenceEngine:
         self._residency = residency
         self._now = now
         self._admissions: dict[str, Admission] = {}
+        self._quarantines: defaultdict[str, Quarantine] = defaultdict(Quarantine)
         self._looked_at = -_LOOK_AGAIN_SECONDS
-        self._open: set[_Held] = set()
+        self._open: set[Held] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -160,6 +160,10 @@ class InferenceEngine:
         """Have a model in memory; joins a load in flight. Raises as a request for it would."""
         files = await self._models.ensure_local(self._admit_name(name))
         return await self._residency.load(files)
+
+    async def revive_model(self, model_id: str) -> LoadResult:
+        """Have a model in memory again whose worker died; as a request would, so the count of its deaths goes on."""
+        return await self._residency.load(await self._models.ensure_local(self._admit_name(model_id)), forgive=False)
 
     async def unload_model(self, name: str) -> UnloadResult:
         """End a model's process once its requests have ended. Raises Conflict if it is not loaded."""
@@ -254,7 +258,7 @@ class InferenceEngine:
             self._admissions[model_id] = admission
         return admission
 
-    def _close(self, held: "_Held") -> None:
+    def _close(self, held: Held) -> None:
         """Give back what an open request held, and say how it went."""
         if held.slot is not None:
             held.slot.release()
@@ -266,13 +270,13 @@ class InferenceEngine:
     async def _enter(
         self,
         request: GenerateRequest | EmbedRequest | RankRequest,
-        attempt: "Callable[[_Held, Lease], Awaitable[Result]]",
+        attempt: Callable[[Held, Lease], Awaitable[Result]],
         *,
         encoder: bool,
     ) -> Result:
-        """Pass the door, then attempt with a lease; once more if the worker dies meanwhile."""
+        """Pass the door, then attempt with a lease; if the worker dies meanwhile, once more and apart from others."""
         choices = request.sampling.n if isinstance(request, GenerateRequest) else 0
-        held = _Held(Timeline(self._requests, request.request_id, choices, self._now))
+        held = Held(Timeline(self._requests, request.request_id, choices, self._now))
         self._open.add(held)
         self._idle.clear()
         try:
@@ -282,24 +286,38 @@ class InferenceEngine:
             held.timeline.admitted()
             files = await self._models.ensure_local(model_id)
             _check_task(files, encoder=encoder)
-            for starts in range(1, _STARTS + 1):
-                ttl, jit = request.ttl_seconds, self._config.models.jit
-                lease = await self._residency.lease(files, ttl_seconds=ttl, may_load=jit)
-                held.timeline.leased()
+            start = partial(self._start, request, files, held, attempt)
+            quarantine = self._quarantines[model_id]
+            await quarantine.over()
+            try:
+                return await start()
+            except WorkerLost as error:
+                _log.warning("request_start_lost", request_id=request.request_id, model=model_id, cause=error.cause)
+            async with quarantine.alone():
                 try:
-                    return await attempt(held, lease)
+                    return await start()
                 except WorkerLost as error:
-                    _log.warning("request_start_lost", request_id=request.request_id, model=model_id, cause=error.cause)
-                    if starts == _STARTS:
-                        raise
-            raise AssertionError(starts)
+                    _log.error("request_lost_twice", request_id=request.request_id, model=model_id, cause=error.cause)
+                    raise LostTwice(model_id, error.cause) from error
         except BaseException as error:
             held.timeline.failed(error)
             raise
         finally:
             held.at_its_end(partial(self._close, held))
 
-    async def _first_token(self, request: GenerateRequest, held: "_Held", lease: Lease) -> Generation:
+    async def _start(
+        self,
+        request: GenerateRequest | EmbedRequest | RankRequest,
+        files: ModelFiles,
+        held: Held,
+        attempt: Callable[[Held, Lease], Awaitable[Result]],
+    ) -> Result:
+        ttl, jit = request.ttl_seconds, self._config.models.jit
+        lease = await self._residency.lease(files, ttl_seconds=ttl, may_load=jit)
+        held.timeline.leased()
+        return await attempt(held, lease)
+
+    async def _first_token(self, request: GenerateRequest, held: Held, lease: Lease) -> Generation:
         worker = _worker(lease)
         try:
             held.asked = stream = worker.generate(request, lease.release)
@@ -312,9 +330,10 @@ class InferenceEngine:
             stream.cancel()
             raise
         held.timeline.first_token(stream.completion_tokens)
+        held.timeline.prompt_tokens, held.timeline.cached_tokens = stream.prompt_tokens, stream.cache.hit_tokens
         return Generation(lease, request, stream, held.timeline)
 
-    async def _answer(self, request: EmbedRequest | RankRequest, held: "_Held", lease: Lease) -> Embedded | Ranked:
+    async def _answer(self, request: EmbedRequest | RankRequest, held: Held, lease: Lease) -> Embedded | Ranked:
         try:
             held.asked = reply = _worker(lease).ask(request.frame, lease.release)
         except WorkerLost:
@@ -344,47 +363,3 @@ def _check_task(files: ModelFiles, *, encoder: bool) -> None:
     can = "write text; it makes no embeddings" if encoder else "make embeddings; it writes no text"
     route = "/v1/chat/completions" if encoder else "/v1/embeddings"
     raise UnsupportedParameter(f"The model {files.id!r} can {can}. Use POST {route}.", param="model")
-
-
-class _Held:
-    """What one request holds on its way in."""
-
-    def __init__(self, timeline: Timeline) -> None:
-        self.timeline = timeline
-        self.slot: Slot | None = None
-        self.asked: WorkerStream | WorkerReply | None = None
-        # How far the worker had come when it was last seen to go on, and when that was.
-        self._progress: tuple[WorkerStream | WorkerReply | None, int] = (None, 0)
-        self._since = 0.0
-
-    def silent_seconds(self, now: float) -> float:
-        """Seconds in which the worker that was asked has made no token for it, as far as these looks tell."""
-        tokens = self.asked.completion_tokens if isinstance(self.asked, WorkerStream) else 0
-        if self.asked is None or (self.asked, tokens) != self._progress:
-            self._progress, self._since = (self.asked, tokens), now
-        return now - self._since
-
-    def give_up(self, seconds: float) -> None:
-        """End it for its caller; the worker is told, and slot and lease come back when it has let go."""
-        if self.asked is not None:
-            self.asked.give_up(GenerationStalled(self.timeline.model_id or "", seconds))
-
-    def at_its_end(self, act: Callable[[], None]) -> None:
-        """Act once the worker is done with the request; now, if it never had it or is done already."""
-        if self.asked is None or self.asked.ended:
-            act()
-        else:
-            self.asked.then(act)
-
-    def finish(self) -> dict[str, object]:
-        """End the timeline by the worker's word; gives the canonical log line."""
-        stream, timeline = self.asked, self.timeline
-        if not isinstance(stream, WorkerStream):
-            return timeline.end(Outcome.STOP)
-        timeline.prompt_tokens, timeline.cached_tokens = stream.prompt_tokens, stream.cache.hit_tokens
-        timeline.completion_tokens = stream.completion_tokens
-        if stream.error is not None:
-            timeline.failed(stream.error)
-        if FinishReason.CANCELLED in stream.finishes and not timeline.stopped:
-            return timeline.end(Outcome.CANCELLED)
-        return timeline.end(Outcome.LENGTH if FinishReason.LENGTH in stream.finishes else Outcome.STOP)

@@ -53,18 +53,21 @@ class WorkerClient(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.model_id = "spare"
-        self.steps = 0
+        self.progress = 0
         self.depths = (0, 0)
         self._process: _Process | None = None
         self._transport: asyncio.Transport | None = None
         self._splitter = protocol.FrameSplitter()
         self._streams: dict[int, WorkerStream] = {}
         self._replies: dict[int, WorkerReply] = {}
+        # Of the streams, as their clients know them.
+        self._request_ids: dict[int, str] = {}
         self._next_id = 1
         self._facts: ModelFacts | None = None
         self._on_exit: Callable[[WorkerExit], None] | None = None
         self._decide_kv: Callable[[int | None], int] = lambda wanted: wanted or 0
         self._stopping = False
+        self._killed_for: str | None = None
         self._socket_lost = False
         loop = asyncio.get_running_loop()
         self._hello: asyncio.Future[None] = loop.create_future()
@@ -110,6 +113,16 @@ class WorkerClient(asyncio.Protocol):
         return self._facts
 
     @property
+    def request_ids(self) -> list[str]:
+        """The generations it works on, as their clients know them."""
+        return [*self._request_ids.values()]
+
+    @property
+    def busy(self) -> bool:
+        """True while a request is with it."""
+        return bool(self._streams or self._replies)
+
+    @property
     def alive(self) -> bool:
         """False once its end was noticed."""
         return not self._gone.done()
@@ -140,11 +153,11 @@ class WorkerClient(asyncio.Protocol):
         id = self._new_id()
 
         def end() -> None:
-            del self._streams[id]
+            del self._streams[id], self._request_ids[id]
             on_end()
 
         stream = WorkerStream(request.sampling.n, lambda: self._send(protocol.Cancel(id)), end)
-        self._streams[id] = stream
+        self._streams[id], self._request_ids[id] = stream, request.request_id
         prompt = request.prompt
         frame = protocol.Generate(
             id,
@@ -193,6 +206,11 @@ class WorkerClient(asyncio.Protocol):
             if await self._gone_within(seconds):
                 return
 
+    def kill(self, reason: str) -> None:
+        """End the process at once; ``reason`` is what its exit then says."""
+        self._killed_for = reason
+        self._signal(signal.SIGKILL)
+
     async def _gone_within(self, seconds: float | None) -> bool:
         done, _ = await asyncio.wait([self._gone], timeout=seconds)
         return bool(done)
@@ -203,7 +221,7 @@ class WorkerClient(asyncio.Protocol):
         if event.done():
             event.result()
             return
-        raise LoadFailed(self.model_id, f"the worker ended while loading ({self._gone.result()})")
+        raise LoadFailed(self.model_id, f"the worker ended while loading ({self._gone.result()})", crashed=True)
 
     def _send(self, frame: protocol.FromServer) -> None:
         if self._transport is not None and not self._transport.is_closing():
@@ -245,15 +263,15 @@ class WorkerClient(asyncio.Protocol):
         self._finish_if_done()
 
     def _dispatch(self, frame: protocol.FromWorker) -> None:
+        self.progress += not isinstance(frame, protocol.KvWant)
         if isinstance(frame, protocol.Step):
-            self.steps = frame.steps
             self.depths = (frame.running, frame.waiting)
             streams = self._streams
             for id, delta in frame.deltas:
                 if (stream := streams.get(id)) is not None:
                     stream.push(delta)
         elif isinstance(frame, protocol.Idle):
-            self.steps, self.depths = frame.steps, (0, 0)
+            self.depths = (0, 0)
             self._decide_kv(None)
         elif isinstance(frame, protocol.KvWant):
             self._send(protocol.KvGrant(self._decide_kv(frame.bytes)))
@@ -290,7 +308,7 @@ class WorkerClient(asyncio.Protocol):
         process = self._process
         if process is None or not (self._socket_lost and process.ended) or self._gone.done():
             return
-        exit = WorkerExit(self.pid, process.exit_code, process.stderr_tail, self._stopping)
+        exit = WorkerExit(self.pid, process.exit_code, process.stderr_tail, self._stopping, self._killed_for)
         self._gone.set_result(exit)
         # Its owner learns first: leases given back by the streams are then those of a worker known to be dead.
         if self._on_exit is not None:
@@ -344,7 +362,7 @@ class _Process(asyncio.SubprocessProtocol):
         text = line[:_STDERR_LINE_BYTES].decode("utf-8", "replace").rstrip()
         if text:
             self._lines.append(text)
-            _log.info("worker_stderr", model=self._client.model_id, line=text)
+            _log.info("worker_stderr", model=self._client.model_id, line=text, request_ids=self._client.request_ids)
 
 
 def _refusal(frame: protocol.Refused) -> LmxError:

@@ -12,7 +12,7 @@ from functools import partial
 import anyio
 import msgspec
 
-from opta_lmx.errors import Draining, LmxError, WorkerLost
+from opta_lmx.errors import Draining, LmxError, LoadFailed, WorkerLost
 from opta_lmx.manager.memory import LoadPlan, MemoryMonitor
 from opta_lmx.manager.resident import Lease, Process, Record
 from opta_lmx.monitoring.logging import get_logger
@@ -56,7 +56,7 @@ class ModelProcesses:
 
     def begin_load(self, record: Record, options: LoadOptions, plan: LoadPlan) -> None:
         """Promise the plan's need and start a process, which ends in ``_load_ended``."""
-        _log.info("load_started", **plan.as_dict())
+        _log.info("load_started", model=record.id, **plan.as_dict())
         # Absent with a reason: its worker has died.
         record.restarts += record.state is ModelState.ABSENT and record.reason is not None
         record.become(ModelState.LOADING, Process(plan.need), record.reason)
@@ -83,7 +83,9 @@ class ModelProcesses:
         if not isinstance(outcome, LmxError) and process.last_words is not None:
             outcome = WorkerLost(record.id, process.last_words)
         if isinstance(outcome, LmxError):
-            _log.warning("load_failed", model=record.id, seconds=seconds, reason=str(outcome))
+            if isinstance(outcome, WorkerLost) or (isinstance(outcome, LoadFailed) and outcome.crashed):
+                record.deaths.append(self.now())
+            _log.warning("load_failed", model=record.id, seconds=round(seconds, 3), reason=str(outcome))
             record.become(ModelState.FAILED, None, str(outcome))
             self.memory.release(record.id)
             record.fail_waiters(outcome)
@@ -97,7 +99,14 @@ class ModelProcesses:
             self.memory.reserve(record.id, process.need.held_bytes)
             outcome.govern_kv(partial(self.memory.grow_kv, record.id, process.need.kv_bytes))
             process.used_before_bytes = self.memory.reading(0).used_bytes
-            _log.info("model_loaded", model=record.id, pid=outcome.pid, seconds=seconds)
+            _log.info(
+                "model_loaded",
+                model=record.id,
+                pid=outcome.pid,
+                seconds=round(seconds, 3),
+                need_bytes=process.need.total_bytes,
+                used_bytes=process.used_before_bytes,
+            )
             self.grant_waiters(record)
         process.load_ended.set()
         self.settle()
@@ -112,7 +121,8 @@ class ModelProcesses:
         """Ask a ready model's process to end, which ends in ``_gone``."""
         process = record.process
         assert process is not None
-        _log.info("stop_started", model=record.id, cause=cause, idle_seconds=self.now() - record.last_used)
+        idle_seconds = round(self.now() - record.last_used, 3)
+        _log.info("stop_started", model=record.id, cause=cause, idle_seconds=idle_seconds)
         record.become(ModelState.STOPPING, process, record.reason, cause)
         process.used_before_bytes = self.memory.reading(0).used_bytes
         self.tasks.start_soon(self._run_stop, record, process)
@@ -121,6 +131,15 @@ class ModelProcesses:
         if process.worker is not None:
             await process.worker.stop(self.stop_grace_seconds)
         self._gone(record, process)
+
+    def kill_stalled(self, record: Record) -> None:
+        """End a worker that makes no step, which ends in ``_gone`` as any death does."""
+        process = record.process
+        assert process is not None
+        assert process.worker is not None
+        silent = process.watch.silent_seconds
+        _log.error("worker_stalled", model=record.id, pid=process.worker.pid, silent_seconds=silent)
+        process.worker.kill(f"it made no step for {silent:.0f} seconds and was ended")
 
     async def close_one(self, record: Record, process: Process) -> None:
         """End a process whatever it does, a load too; returns once it has gone."""
@@ -135,6 +154,7 @@ class ModelProcesses:
         process.exit = exit
         if record.process is process and record.state is ModelState.READY and not exit.expected:
             _log.error("worker_lost", model=record.id, pid=exit.pid, leases=process.leases, reason=process.last_words)
+            record.deaths.append(self.now())
             self._gone(record, process, process.last_words)
 
     def _gone(self, record: Record, process: Process, reason: str | None = None) -> None:
@@ -143,8 +163,9 @@ class ModelProcesses:
             return
         record.become(ModelState.ABSENT, None, reason)
         self.memory.release(record.id)
-        freed = max(0, process.used_before_bytes - self.memory.reading(0).used_bytes)
-        _log.info("model_unloaded", model=record.id, freed_bytes=freed)
+        used = self.memory.reading(0).used_bytes
+        freed = max(0, process.used_before_bytes - used)
+        _log.info("model_unloaded", model=record.id, freed_bytes=freed, used_bytes=used)
         record.answer_unloads(freed)
         self.settle()
 

@@ -33,12 +33,14 @@ from uuid import uuid4
 import anyio
 import msgspec
 
+from opta_lmx.config import WorkersConfig
 from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import Conflict, InvalidRequest, ModelLoading, ModelNotFound
 from opta_lmx.manager.changes import ModelChange
 from opta_lmx.manager.memory import LoadPlan, MemoryMonitor, Verdict, plan_load
 from opta_lmx.manager.processes import ModelProcesses, draining
 from opta_lmx.manager.resident import Hold, Lease, LoadResult, Record, ResidentModel, UnloadResult, Waiter
+from opta_lmx.manager.restarts import next_start
 from opta_lmx.monitoring.logging import get_logger
 from opta_lmx.types import LoadOptions, ModelFiles, ModelState, SpawnWorker, TaskStarter
 
@@ -59,6 +61,7 @@ class Residency:
     now: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     auto_evict: bool = True
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
     # Most generations end within it; a caller that would wait longer is better told to come back.
     room_wait_seconds: float = 30.0
     # How long a worker may take to end by itself before it is signalled; it has no request left to finish.
@@ -97,17 +100,23 @@ class Residency:
         self._records[files.id].request_count += 1
         return lease
 
-    async def load(self, files: ModelFiles, *, ttl_seconds: float | None = None) -> LoadResult:
-        """Have the model in memory; joins a load in flight. Raises as ``lease`` does."""
+    async def load(self, files: ModelFiles, *, forgive: bool = True) -> LoadResult:
+        """Have the model in memory; joins a load in flight. Raises as ``lease`` does.
+
+        ``forgive`` starts the count of its workers' deaths anew.
+        """
         started = self.now()
-        (await self._acquire(files, ttl_seconds)).release()
+        record = self._records.get(files.id)
+        if forgive and record is not None:
+            record.deaths.clear()
+        (await self._acquire(files, None)).release()
         return LoadResult(files.id, self.memory.reading(0).used_bytes, self.now() - started)
 
-    def reconfigure(self, config: ModelsConfig, *, auto_evict: bool) -> None:
+    def reconfigure(self, config: ModelsConfig, *, auto_evict: bool, workers: WorkersConfig) -> None:
         """Take changed settings; idle times and pins also of models in memory, where no caller has said otherwise."""
         for record in self._records.values():
             record.reconfigure(self.config, config)
-        self.config, self.auto_evict = config, auto_evict
+        self.config, self.auto_evict, self.workers = config, auto_evict, workers
         self._settle()
 
     async def unload(self, model_id: str, *, force: bool = False) -> UnloadResult:
@@ -196,6 +205,8 @@ class Residency:
             record.end_holds(now)
             if record.expired(now):
                 self._processes.begin_stop(record, "expired")
+            elif record.stalled(now, self.workers.stall_seconds):
+                self._processes.kill_stalled(record)
         self._settle()
         for record in self._records.values():
             if record.queued:
@@ -276,17 +287,27 @@ class Residency:
                 break
 
     def _start_or_refuse(self, record: Record) -> bool:
-        """Do what the plan says; False if nobody may pass this load."""
+        """Do what the plan says; False if nobody may pass this load.
+
+        A model whose worker died waits for its turn to be restarted, which ``step`` looks for, and not for ever.
+        """
+        limit, window = self.workers.restart_limit, self.workers.restart_window_seconds
+        start_at = next_start(record.deaths, self.now(), limit, window)
+        if start_at is None:
+            record.give_up(window)
+            return True
+        if start_at > self.now():
+            return True
         options = self.options(record.files)
         plan = self._plan(record.files, options)
         if plan.verdict is Verdict.FITS:
             self._processes.begin_load(record, options, plan)
         elif plan.verdict is Verdict.FITS_AFTER_EVICTION:
-            _log.info("eviction_chosen", **plan.as_dict())
+            _log.info("eviction_chosen", model=record.id, **plan.as_dict())
             for victim in plan.would_evict:
                 self._processes.begin_stop(self._records[victim], "evicted")
         elif plan.verdict is Verdict.DOES_NOT_FIT:
-            _log.warning("load_refused", **plan.as_dict())
+            _log.warning("load_refused", model=record.id, **plan.as_dict())
             record.fail_waiters(plan.refusal())
         return plan.verdict not in (Verdict.FITS_AFTER_STOP, Verdict.FITS_AFTER_EVICTION)
 

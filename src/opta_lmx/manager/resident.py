@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import anyio
 
 from opta_lmx.config_models import ModelsConfig, PerModel
-from opta_lmx.errors import LmxError
+from opta_lmx.errors import LmxError, RestartsExhausted
 from opta_lmx.manager.changes import ModelChange
 from opta_lmx.manager.eviction import Resident
 from opta_lmx.manager.memory import LoadNeed
+from opta_lmx.manager.progress import ProgressWatch
 from opta_lmx.types import ModelFacts, ModelFiles, ModelState, Worker, WorkerExit
 
 _IN_MEMORY = (ModelState.LOADING, ModelState.READY, ModelState.STOPPING)
@@ -89,6 +90,8 @@ class ResidentModel:
     waiters: int
     facts: ModelFacts | None
     held: tuple[ShownHold, ...] = ()
+    # Seconds for which its worker has had work and made no step, once that is suspicious; else 0.
+    stalled_seconds: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -126,6 +129,7 @@ class Process:
     loaded_at: float = 0.0
     ttl_seconds: float | None = None
     used_before_bytes: int = 0
+    watch: ProgressWatch = field(default_factory=ProgressWatch)
 
     @property
     def last_words(self) -> str | None:
@@ -156,6 +160,8 @@ class Record:
     last_used: float = 0.0
     request_count: int = 0
     restarts: int = 0
+    # When its workers ended unasked: moments of the monotonic clock, oldest first.
+    deaths: list[float] = field(default_factory=list)
     reason: str | None = None
     on_change: Callable[[ModelChange], None] = lambda change: None
 
@@ -221,6 +227,21 @@ class Record:
         ttl = self.process.ttl_seconds if self.process else None
         return ttl is not None and now - self.last_used >= ttl and self.resident().idle
 
+    def stalled(self, now: float, stall_seconds: float) -> bool:
+        """True if its worker has work and gets nowhere; to be asked about once a second."""
+        process = self.process
+        if self.state is not ModelState.READY or process is None or process.worker is None:
+            return False
+        worker = process.worker
+        return process.watch.look(now, busy=worker.busy, progress=worker.progress, stall_seconds=stall_seconds)
+
+    def give_up(self, window_seconds: float) -> None:
+        """Fail until somebody asks for the load, or the deaths are long enough ago."""
+        cause = self.reason or "for no known reason"
+        if self.state is not ModelState.FAILED:
+            self.become(ModelState.FAILED, None, cause)
+        self.fail_waiters(RestartsExhausted(self.id, len(self.deaths), window_seconds, cause))
+
     def forget_leavers(self) -> None:
         """Drop callers whose wait was cancelled, before their own tasks get to say so: nothing is loaded for nobody."""
         self.waiters = [waiter for waiter in self.waiters if not waiter.granted.done()]
@@ -270,6 +291,7 @@ class Record:
             waiters=len(self.waiters),
             facts=worker.facts if worker else None,
             held=tuple(ShownHold(lease, hold.owner, wall + hold.until - now) for lease, hold in self.holds.items()),
+            stalled_seconds=process.watch.silent_seconds if process and process.watch.suspect else 0.0,
         )
 
     def check(self, reserved_bytes: int) -> None:

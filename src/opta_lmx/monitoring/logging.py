@@ -43,9 +43,11 @@ def configure_logging(config: "LoggingConfig") -> None:
     """Send every line of this process to standard error, or to ``config.file``; a second call replaces the first.
 
     A file is created with mode 0600 and opened anew when something has moved it away. Raises OSError if it
-    cannot be opened.
+    cannot be opened. A terminal gets the form for people unless the settings name one.
     """
     handler = logging.StreamHandler(sys.stderr) if config.path is None else _PrivateFileHandler(config.path)
+    on_terminal = config.path is None and sys.stderr.isatty()
+    form = "console" if on_terminal and "format" not in config.model_fields_set else config.format
     stamp: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -68,7 +70,7 @@ def configure_logging(config: "LoggingConfig") -> None:
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.ExceptionRenderer(_show),
                 _finish,
-                _renderer(config.format),
+                _renderer(form, colour=on_terminal and not os.environ.get("NO_COLOR")),
             ],
         )
     )
@@ -82,11 +84,11 @@ def configure_logging(config: "LoggingConfig") -> None:
     logging.captureWarnings(True)
 
 
-def _renderer(form: str) -> Processor:
+def _renderer(form: str, *, colour: bool) -> Processor:
     if form == "json":
         return structlog.processors.JSONRenderer()
     return structlog.dev.ConsoleRenderer(
-        colors=False, timestamp_key="ts", exception_formatter=structlog.dev.plain_traceback
+        colors=colour, timestamp_key="ts", exception_formatter=structlog.dev.plain_traceback
     )
 
 

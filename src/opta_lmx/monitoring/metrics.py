@@ -20,6 +20,9 @@ from opta_lmx.types import JsonObject, ModelState
 # Every parser of Prometheus's text reads it; our names need nothing newer.
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
+# How a download that was begun can end, in the downloads' own words.
+_DOWNLOAD_ENDS = ("completed", "failed", "cancelled")
+
 # Of the causes for which the residency stops a worker, those that were nobody's request.
 _EVICTIONS = ("evicted", "expired")
 
@@ -29,12 +32,17 @@ _Samples: TypeAlias = Mapping[tuple[str, ...], float]
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the owners say at a scrape: ``depths`` are requests (running, waiting), all by model id; memory in bytes."""
+    """What the owners say at a scrape: ``depths`` are requests (running, waiting), all by model id; memory in bytes.
+
+    ``memory`` is what the ledger counts for each model that has a process; ``downloads`` are under way.
+    """
 
     version: str
     depths: Mapping[str, tuple[int, int]]
     states: Mapping[str, ModelState]
     restarts: Mapping[str, int]
+    memory: Mapping[str, int]
+    downloads: int
     used_bytes: int
     limit_bytes: int
     reserved_bytes: int
@@ -44,7 +52,9 @@ class ServerCollector(Collector):
     """Every metric of the server, from its request book and the facts of one moment."""
 
     def __init__(self, books: RequestBook, facts: Facts) -> None:
-        self._books = books.by_model()
+        # A model nobody has asked for yet counts from 0: otherwise its first event would be no increase.
+        self._books = {id: ModelBook() for id in facts.states} | dict(books.by_model())
+        self._downloads = books.downloads
         self._facts = facts
 
     def collect(self) -> Iterator[Metric]:
@@ -103,10 +113,22 @@ class ServerCollector(Collector):
             {(id, cause): book.stops[cause] for id, book in self._books.items() if id for cause in _EVICTIONS},
         )
         yield _counter(
+            "lmx_model_load_failures",
+            "Loads that did not succeed.",
+            ("model",),
+            {(id,): book.load_failures for id, book in self._books.items() if id},
+        )
+        yield _counter(
+            "lmx_downloads",
+            "Downloads of models that have ended, by how.",
+            ("outcome",),
+            {(end,): self._downloads[end] for end in _DOWNLOAD_ENDS},
+        )
+        yield _counter(
             "lmx_worker_restarts",
             "Loads that replaced a worker which had died.",
             ("model",),
-            {(id,): count for id, count in self._facts.restarts.items()},
+            {(id,): self._facts.restarts.get(id, 0) for id in self._facts.states},
         )
 
     def _present(self) -> Iterator[Metric]:
@@ -129,6 +151,13 @@ class ServerCollector(Collector):
             ("model", "state"),
             {(id, state.value): state is now for id, now in facts.states.items() for state in ModelState},
         )
+        yield _gauge(
+            "lmx_model_memory_bytes",
+            "What the ledger counts for a model in memory: weights, worker, caches.",
+            ("model",),
+            {(id,): size for id, size in facts.memory.items()},
+        )
+        yield _gauge("lmx_downloads_running", "Downloads of models under way.", (), {(): facts.downloads})
         yield _gauge("lmx_memory_used_bytes", "Memory in use on the machine, by anybody.", (), {(): facts.used_bytes})
         yield _gauge("lmx_memory_limit_bytes", "The cap on used and reserved memory.", (), {(): facts.limit_bytes})
         yield _gauge("lmx_memory_reserved_bytes", "Memory promised and not in use yet.", (), {(): facts.reserved_bytes})

@@ -1,4 +1,4 @@
-"""What requests take: the timeline of one, and the book of all, kept by model.
+"""What requests take: the timeline of one, and the book of all, kept by model; those under way, as they stand.
 
 Plain numbers, written on the event loop by the engine; ``metrics.py`` shows them to Prometheus when it asks. That one
 imports prometheus_client (25 to 50 ms), which a start need not pay for, so nothing of it is imported here.
@@ -9,6 +9,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -33,6 +34,36 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     ERROR = "error"
     REFUSED = "refused"
+
+
+class Phase(StrEnum):
+    """How far a request is: in line for a slot, waiting for its model, its prompt being read, or making tokens."""
+
+    QUEUE = "queue"
+    LOAD = "load"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRequest:
+    """A request that has not ended, at one moment. Times in seconds; None for what has not come yet.
+
+    ``prompt_tokens`` and ``cached_tokens`` are known with the first token, ``completion_tokens`` are those its reader
+    has taken, ``tokens_per_second`` is the rate after the first ones, all choices together.
+    """
+
+    request_id: str
+    model_id: str | None
+    phase: Phase
+    age_seconds: float
+    queue_seconds: float | None
+    ttft_seconds: float | None
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    completion_tokens: int
+    tokens_per_second: float | None
+    choices: int
 
 
 class Histogram:
@@ -65,6 +96,7 @@ class ModelBook:
         "e2e",
         "inter_token",
         "load",
+        "load_failures",
         "outcomes",
         "prompt_tokens",
         "queue",
@@ -78,6 +110,7 @@ class ModelBook:
         self.inter_token = Histogram(_GAP_BOUNDS)
         self.e2e = Histogram(_WHOLE_BOUNDS)
         self.load = Histogram(_WAIT_BOUNDS)
+        self.load_failures = 0
         self.outcomes: Counter[Outcome] = Counter()
         # By the residency's word for the cause.
         self.stops: Counter[str] = Counter()
@@ -91,6 +124,10 @@ class RequestBook:
 
     def __init__(self) -> None:
         self._books: dict[str, ModelBook] = {}
+        # A dict for its order; the values mean nothing.
+        self._under_way: dict[Timeline, None] = {}
+        # Of downloads that were begun, by how they ended.
+        self.downloads: Counter[str] = Counter()
 
     def of(self, model_id: str) -> ModelBook:
         """The book of one model, opened at its first mention."""
@@ -103,6 +140,10 @@ class RequestBook:
         """A load has succeeded."""
         self.of(model_id).load.observe(seconds)
 
+    def load_failed(self, model_id: str) -> None:
+        """A load has not."""
+        self.of(model_id).load_failures += 1
+
     def stopped(self, model_id: str, cause: str) -> None:
         """The residency has decided to stop a model's worker."""
         self.of(model_id).stops[cause] += 1
@@ -110,6 +151,18 @@ class RequestBook:
     def by_model(self) -> Mapping[str, ModelBook]:
         """Every book there is."""
         return self._books
+
+    def begin(self, timeline: "Timeline") -> None:
+        """A request has come."""
+        self._under_way[timeline] = None
+
+    def close(self, timeline: "Timeline") -> None:
+        """It has ended."""
+        self._under_way.pop(timeline, None)
+
+    def live(self) -> list[LiveRequest]:
+        """Every request that has come and not ended, the oldest first."""
+        return [timeline.show() for timeline in self._under_way]
 
 
 class Timeline:
@@ -167,6 +220,7 @@ class Timeline:
         self._ended = False
         self._outcome: Outcome | None = None
         self._error: str | None = None
+        books.begin(self)
 
     def resolved(self, model_id: str) -> None:
         """The name was that of a model."""
@@ -224,6 +278,7 @@ class Timeline:
         book.cached_tokens += self.cached_tokens
         # What its reader has not looked at yet, or never will.
         self._ended = True
+        self._books.close(self)
         book.completion_tokens += self.completion_tokens - self._counted
         if self._leased is not None:
             book.queue.observe(self._leased - self._arrived)
@@ -239,13 +294,39 @@ class Timeline:
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
-            "tok_s": self._rate(now),
+            "tok_s": self._rate(now, self.completion_tokens),
             "choices": self.choices,
             "error": self._error,
         }
 
-    def _rate(self, now: float) -> float | None:
-        tokens = self.completion_tokens - self._first_tokens
+    def show(self) -> LiveRequest:
+        """How far it is now."""
+        now = self._now()
+        begun = self._first_token is not None
+        made = max(self._counted, self._first_tokens)
+        return LiveRequest(
+            request_id=self.request_id,
+            model_id=self.model_id,
+            phase=self._phase(),
+            age_seconds=round(now - self._arrived, 6),
+            queue_seconds=_between(self._arrived, self._leased),
+            ttft_seconds=_between(self._arrived, self._first_token),
+            prompt_tokens=self.prompt_tokens if begun else None,
+            cached_tokens=self.cached_tokens if begun else None,
+            completion_tokens=made,
+            tokens_per_second=self._rate(now, made),
+            choices=self.choices,
+        )
+
+    def _phase(self) -> Phase:
+        if self._first_token is not None:
+            return Phase.DECODE
+        if self._leased is not None:
+            return Phase.PREFILL
+        return Phase.QUEUE if self._admitted is None else Phase.LOAD
+
+    def _rate(self, now: float, made: int) -> float | None:
+        tokens = made - self._first_tokens
         if self._first_token is None or tokens <= 0 or now <= self._first_token:
             return None
         return round(tokens / (now - self._first_token), 1)

@@ -32,7 +32,7 @@ def _exposed() -> dict[str, tuple[str, set[str]]]:
     book = books.of("a")
     for histogram in (book.queue, book.time_to_first_token, book.inter_token, book.e2e):
         histogram.observe(1.0)
-    facts = Facts("1", {"a": (0, 0)}, {"a": ModelState.READY}, {"a": 0}, 1, 1, 1)
+    facts = Facts("1", {"a": (0, 0)}, {"a": ModelState.READY}, {"a": 0}, {"a": 1}, 0, 1, 1, 1)
     return {
         family.name + ("_total" if family.type == "counter" else ""): (
             family.type,
@@ -113,6 +113,15 @@ def test_every_alert_is_documented() -> None:
     for rule in rules:
         assert set(rule["annotations"]) == {"summary", "remedy"}
         assert rule["labels"]["severity"] in ("critical", "warning")
+
+
+def test_every_alert_has_a_case_of_its_own() -> None:
+    """It fires in one, and is told as written, over series that exist; ``promtool`` runs them in the load tests."""
+    cases = yaml.safe_load((_MONITORING / "alerts-test.yaml").read_text())["tests"]
+    fired = [alert["alertname"] for case in cases for alert in case["alert_rule_test"] if alert["exp_alerts"]]
+    assert fired == [rule["alert"] for rule in _rules()]
+    used = {series["series"].partition("{")[0] for case in cases for series in case["input_series"]}
+    assert used <= _series().keys() | {"up"}
 
 
 def test_the_dashboard_shows_every_metric() -> None:

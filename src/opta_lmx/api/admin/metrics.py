@@ -48,6 +48,8 @@ def _collector(services: Services) -> "ServerCollector":
         depths=services.engine.queue_depths(),
         states=on_disk | {model.id: model.state for model in known},
         restarts={model.id: model.restarts for model in known},
+        memory={model.id: model.memory_bytes for model in known if model.memory_bytes},
+        downloads=sum(not download.state.is_last for download in services.downloads.list()),
         used_bytes=ledger.used_bytes,
         limit_bytes=ledger.limit_bytes,
         reserved_bytes=ledger.reserved_bytes,

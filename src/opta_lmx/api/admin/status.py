@@ -83,6 +83,13 @@ def _not_ready(services: Services) -> LmxError | None:
     ]
     if loading:
         return ModelLoading(f"Still loading: {', '.join(loading)}.")
+    stalled = [
+        f"{model.id} has made no step for {model.stalled_seconds:.0f} seconds"
+        for model in services.residency.snapshot()
+        if model.stalled_seconds
+    ]
+    if stalled:
+        return Busy(f"Stalled: {'; '.join(stalled)}.")
     failures = _failures(services, {*wanted})
     return Busy(f"Not loaded: {'; '.join(failures)}") if failures else None
 

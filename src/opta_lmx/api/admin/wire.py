@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from opta_lmx.manager.integrity import Verdict
+from opta_lmx.monitoring.timing import Phase
 from opta_lmx.types import ModelState
 
 _GIB = 1024**3
@@ -275,6 +276,32 @@ class Status(Wire):
     models: list[ModelStatus]
     imports: list[ImportStatus]
     memory: Memory
+
+
+class LiveRequest(Wire):
+    """A request that has not ended; seconds, and null for what has not come yet.
+
+    ``phase``: in line for a slot (queue), waiting for its model (load), its prompt being read (prefill), making tokens
+    (decode). ``completion_tokens`` have been taken by the reader; the rate is theirs, after the first ones.
+    """
+
+    request_id: str
+    model_id: str | None
+    phase: Phase
+    age_seconds: float
+    queue_seconds: float | None
+    ttft_seconds: float | None
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    completion_tokens: int
+    tokens_per_second: float | None
+    choices: int
+
+
+class LiveRequests(Wire):
+    """The answer of GET /admin/requests, the oldest first."""
+
+    requests: list[LiveRequest]
 
 
 class ConfigReload(Wire):

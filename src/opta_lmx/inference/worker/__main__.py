@@ -25,6 +25,9 @@ _READ_BYTES = 1 << 16
 # After so long without work, memory kept for reuse goes back to the system; before, the next request may want it.
 _REST_SECONDS = 5.0
 
+# The server takes a worker for stuck that is silent for far longer (workers.stall_seconds).
+_TELL_SECONDS = 0.5
+
 Inbox = queue.SimpleQueue[
     protocol.Load | Prepared | PreparedInputs | protocol.Cancel | protocol.KvGrant | protocol.Stop
 ]
@@ -87,6 +90,7 @@ class Worker:
         frame = self._inbox.get()
         if not isinstance(frame, protocol.Load) or not self._load(frame):
             return
+        told_at = 0.0
         while self._drain():
             result = self._backend.step()
             self._steps += 1
@@ -94,7 +98,9 @@ class Worker:
             frames: list[protocol.FromWorker] = [*result.started, *result.failed, *result.refused, *result.answers]
             if result.wants_kv_bytes is not None:
                 frames.append(protocol.KvWant(result.wants_kv_bytes))
-            if result.deltas:
+            # Prompts make no deltas; that steps go on is how the server knows that this process does.
+            if result.deltas or time.monotonic() - told_at >= _TELL_SECONDS:
+                told_at = time.monotonic()
                 frames.append(protocol.Step(self._steps, running, waiting, list(result.deltas)))
             if not self._backend.has_work() and not waiting:
                 frames.append(protocol.Idle(self._steps, *self._backend.memory()))

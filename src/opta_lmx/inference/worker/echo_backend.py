@@ -35,6 +35,8 @@ END_TOKEN = 1
 
 # A prompt that starts with this word is accepted and then fails at its first token.
 FAIL_WORD = "!fail"
+# One that starts with this takes the whole process with it then, as a prompt that MLX cannot survive does.
+EXIT_WORD = "!exit"
 
 # Spaces belong to the word they precede; spaces at the end stand alone.
 _PIECE = re.compile(r"\s*\S+|\s+")
@@ -153,7 +155,10 @@ class EchoBackend:
             id = sequence.request.id
             if sequence.to_prefill or id in failing:
                 continue
-            if decode(sequence.request.token_ids[:1]).startswith(FAIL_WORD):
+            first = decode(sequence.request.token_ids[:1])
+            if first.startswith(EXIT_WORD):
+                self._exit_process(9)
+            if first.startswith(FAIL_WORD):
                 failing[id] = Failed(id, f"The prompt asked the echo model to fail ({FAIL_WORD}).")
             else:
                 deltas.append((id, self._make_token(sequence)))
