@@ -30,6 +30,7 @@ from opta_lmx.types import (
     Delta,
     FinishReason,
     GenerateRequest,
+    Lane,
     MemoryReading,
     ModelFacts,
     ModelFiles,
@@ -127,6 +128,7 @@ class ScriptedEngine:
         self.opened = threading.Event()
         self.open_cancelled = threading.Event()
         self.depths: dict[str, tuple[int, int]] = {}
+        self.waiting: dict[str, list[tuple[Lane, str, int]]] = {}
         self.draining = False
         self.loads: list[str] = []
         self.unloads: list[str] = []
@@ -181,6 +183,10 @@ class ScriptedEngine:
     def queue_depths(self) -> Mapping[str, tuple[int, int]]:
         """Whatever the test put into ``depths``."""
         return self.depths
+
+    def lines(self) -> Mapping[str, list[tuple[Lane, str, int]]]:
+        """Whatever the test put into ``waiting``."""
+        return self.waiting
 
 
 class FixedModels:

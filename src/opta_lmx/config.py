@@ -9,9 +9,9 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 
-from opta_lmx.config_fields import Bytes, BytesOrAuto, Key, Level, Section, Words, expand
+from opta_lmx.config_fields import Bytes, BytesOrAuto, Key, Level, Name, Section, Words, expand
 from opta_lmx.config_models import ModelsConfig
 from opta_lmx.config_sources import ConfigError, KeyPath, Origin, Sources
 
@@ -123,6 +123,9 @@ class SchedulingConfig(Section):
 
     max_running: int = Field(default=32, ge=1, le=1024, description="Most sequences in one model's batch.")
     max_waiting: int = Field(default=256, ge=0, description="Most requests that wait for one model; more are refused.")
+    # Eight models at their default, and about what a thousand connections can be told of without a long wait.
+    max_running_total: int = Field(default=256, ge=1, description="Most requests that run, over all models.")
+    max_waiting_total: int = Field(default=1024, ge=0, description="Most requests that wait, over all models.")
     prefill_chunk_tokens: int = Field(
         default=512, ge=16, le=65536, description="Most prompt tokens processed in one step."
     )
@@ -180,6 +183,16 @@ class LoggingConfig(Section):
         return expand(self.file)
 
 
+class CallerConfig(Section):
+    """One program or person with a key of its own."""
+
+    key: Key = Field(description="Its key for /v1, /api and the SDK socket, beside security.api_keys.")
+    weight: float = Field(default=1, ge=0.01, le=100, description="Its share beside others' while requests wait.")
+    lane: Literal["interactive", "batch"] = Field(
+        default="interactive", description="Lane of its requests that name none (x-lmx-lane): interactive or batch."
+    )
+
+
 class SecurityConfig(Section):
     """Who may call. A key is its text, ``env:NAME`` (a variable's value) or ``file:PATH`` (a file's content)."""
 
@@ -187,7 +200,15 @@ class SecurityConfig(Section):
         default=(), description="Keys for /v1, /api and the SDK socket; none: open."
     )
     admin_key: Key | None = Field(default=None, description="Key for /admin; null: open.")
+    callers: Mapping[Name, CallerConfig] = Field(
+        default={}, description="Callers with a key, a share and a lane of their own, by the name logs and status show."
+    )
     allow_open_lan: bool = Field(default=False, description="Let other machines connect although a key is missing.")
+
+    @property
+    def inference_keys(self) -> tuple[SecretStr, ...]:
+        """Every key that opens the inference API; none: it is open."""
+        return (*self.api_keys, *(caller.key for caller in self.callers.values()))
 
 
 class Config(Section):
@@ -271,7 +292,7 @@ def open_door(config: Config) -> str | None:
     security = config.security
     if config.server.is_loopback or security.allow_open_lan:
         return None
-    missing = [] if security.api_keys else ["security.api_keys"]
+    missing = [] if security.inference_keys else ["security.api_keys"]
     missing += [] if security.admin_key else ["security.admin_key"]
     if not missing:
         return None

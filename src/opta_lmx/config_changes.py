@@ -44,7 +44,10 @@ AT_ONCE: Final = frozenset(
         "logging.level",
         "logging.format",
         "logging.file",
+        "scheduling.max_running_total",
+        "scheduling.max_waiting_total",
         "security.api_keys",
+        "security.callers",
         "security.admin_key",
         "security.allow_open_lan",
     }

@@ -63,6 +63,8 @@ Bytes: TypeAlias = Annotated[int, BeforeValidator(_parse_bytes)]
 BytesOrAuto: TypeAlias = Annotated[int | Literal["auto"], BeforeValidator(_parse_bytes)]
 Key: TypeAlias = Annotated[SecretStr, BeforeValidator(_resolve_key)]
 Level: TypeAlias = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(_upper)]
+# Fit for a log line, a metric's label and a table.
+Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Words: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
 
 

@@ -100,6 +100,24 @@ class Structured(msgspec.Struct, frozen=True):
     or_call: bool = False
 
 
+class Lane(StrEnum):
+    """How urgent a request is: people wait for interactive ones, programs for batches."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Whose request it is, without the key. Requests of one ``name`` share one fair share, of ``weight``."""
+
+    name: str = ""
+    weight: float = 1.0
+    lane: Lane = Lane.INTERACTIVE
+
+
+ANYBODY = Caller()
+
+
 class GenerateRequest(msgspec.Struct, frozen=True):
     """One accepted request, free of any dialect. ``model`` is the name the client used."""
 
@@ -116,6 +134,7 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     reasoning_format: str | None = None
     # Idle seconds before the model is unloaded, if this request is what loads it; None leaves the settings'.
     ttl_seconds: float | None = None
+    caller: Caller = ANYBODY
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

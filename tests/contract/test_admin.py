@@ -6,7 +6,7 @@ import pytest
 from opta_lmx import __version__
 from opta_lmx.errors import Conflict, LoadFailed, MemoryLimit
 from opta_lmx.manager.importing import ImportProgress
-from opta_lmx.types import ModelState
+from opta_lmx.types import Lane, ModelState
 from tests.fakes import GIB, World, make_world, resident
 
 
@@ -66,10 +66,15 @@ async def test_status(client: httpx.AsyncClient, world: World) -> None:
     """One look tells who is in memory, what runs, what waits."""
     world.residency.residents = (resident("tiny"), resident("acme/small-4bit", ModelState.FAILED, reason="bad"))
     world.engine.depths = {"tiny": (3, 2), "acme/small-4bit": (0, 1)}
+    world.engine.waiting = {"tiny": [(Lane.INTERACTIVE, "", 1), (Lane.BATCH, "nightly", 1)]}
     body = (await client.get("/admin/status")).json()
     assert body["version"] == __version__
     assert (body["uptime_seconds"], body["draining"]) == (12.5, False)
     assert (body["requests_running"], body["requests_waiting"]) == (3, 3)
+    assert body["lines"] == [
+        {"model_id": "tiny", "lane": "interactive", "caller": "", "requests": 1},
+        {"model_id": "tiny", "lane": "batch", "caller": "nightly", "requests": 1},
+    ]
     assert body["models"] == [
         {
             "id": "tiny",

@@ -60,14 +60,14 @@ class RunningServer:
         return httpx.Client(base_url=self.url, trust_env=False, timeout=30)
 
     def wait_ready(self) -> None:
-        """Returns once /v1/models answers 200; fails with the log if the process ends or the bound passes."""
+        """Returns once /v1/models answers, 401 where keys are set; fails with the log if it ends or is late."""
         deadline = time.monotonic() + _START_BOUND
         with self.client() as client:
             while time.monotonic() < deadline:
                 if self.process.poll() is not None:
                     pytest.fail(f"the server ended with {self.process.returncode}:\n{self.log.read_text()}")
                 try:
-                    if client.get("/v1/models", timeout=5).status_code == 200:
+                    if client.get("/v1/models", timeout=5).status_code in (200, 401):
                         return
                 except httpx.TransportError:
                     time.sleep(0.02)

@@ -34,9 +34,7 @@ REFERENCE: Final = "#/components/schemas/{model}"
 
 _BY_NAME: Final[JsonObject] = {
     "type": "object",
-    "properties": {
-        "error": {"type": "object", "required": ["param"], "properties": {"param": {"type": "string"}}}
-    },
+    "properties": {"error": {"type": "object", "required": ["param"], "properties": {"param": {"type": "string"}}}},
     "required": ["error"],
 }
 

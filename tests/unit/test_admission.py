@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opta_lmx.errors import QueueFull
-from opta_lmx.inference.admission import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, Admission, Slot
+from opta_lmx.inference.admission import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, Admission, House, Slot
+from opta_lmx.types import Caller, Lane
 from tests.fake_workers import Clock, run, settle
 
 
@@ -259,3 +260,53 @@ def test_no_slot_is_lost_or_made(max_running: int, max_waiting: int, turns: list
             assert crowd.admission.depths() == (0, 0)
 
     run(scenario())
+
+
+async def test_all_models_share_one_house() -> None:
+    """Bounds over all models: a release at one door lets the next in at another, and a full line refuses everywhere."""
+    house = House(2, 2)
+    one, other = (Admission(name, 2, 2, house=house) for name in "ab")
+    held = [await one.enter(), await one.enter()]
+    async with asyncio.TaskGroup() as group:
+        waiting = [group.create_task(door.enter()) for door in (other, one)]
+        await settle()
+        assert (one.depths(), other.depths()) == ((2, 1), (0, 1))
+        with pytest.raises(QueueFull):
+            await other.enter()
+        held.pop().release()
+        await settle()
+        assert sum(task.done() for task in waiting) == 1
+        held.pop().release()
+    assert (one.depths(), other.depths()) == ((1, 0), (1, 0))
+    house.reconfigure(1, 0)
+    with pytest.raises(QueueFull):
+        await other.enter()
+    for task in waiting:
+        task.result().release()
+    (await other.enter()).release()
+
+
+async def test_callers_take_turns() -> None:
+    """One who comes behind another's flood is called up second, and an urgent one before a batch."""
+    admission = Admission("m", 1, 20)
+    held = await admission.enter()
+    came: list[str] = []
+
+    async def caller(who: Caller) -> None:
+        slot = await admission.enter(who)
+        came.append(who.name)
+        await checkpoint()
+        slot.release()
+
+    flood, lone, job = Caller("flood"), Caller("lone"), Caller("job", lane=Lane.BATCH)
+    async with asyncio.TaskGroup() as group:
+        for who in (job, flood, flood, flood, flood, lone):
+            group.create_task(caller(who))
+            await settle()
+        assert set(admission.line()) == {
+            (Lane.INTERACTIVE, "flood", 4),
+            (Lane.INTERACTIVE, "lone", 1),
+            (Lane.BATCH, "job", 1),
+        }
+        held.release()
+    assert came == ["flood", "lone", "flood", "flood", "flood", "job"]

@@ -238,12 +238,14 @@ def test_key_that_cannot_be_had_names_its_setting(tmp_path: Path, written: str, 
 
 def test_keys_are_never_shown(tmp_path: Path) -> None:
     """No printed form of the settings holds a key, while the values are there for the check."""
-    config = load(tmp_path, f"security:\n  api_keys: [{SECRET}]\n  admin_key: {SECRET}\n")
+    keys = f"api_keys: [{SECRET}], admin_key: {SECRET}, callers: {{nightly: {{key: {SECRET}, lane: batch}}}}"
+    config = load(tmp_path, f"security: {{{keys}}}\n")
     shown = [repr(config), str(config), repr(config.security), str(config.public()), config.model_dump_json()]
     assert not [form for form in shown if SECRET in form]
     assert config.public()["security"] == {
         "api_keys": ["**********"],
         "admin_key": "**********",
+        "callers": {"nightly": {"key": "**********", "weight": 1, "lane": "batch"}},
         "allow_open_lan": False,
     }
 

@@ -1,16 +1,21 @@
 """Who may call: keys for the inference API and one for administration."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from hmac import compare_digest
 from itertools import product
 
+import msgspec
 from pydantic import SecretStr
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from opta_lmx.api.errors import error_response
-from opta_lmx.config import Config
-from opta_lmx.errors import AccessDenied
+from opta_lmx.config import Config, SecurityConfig
+from opta_lmx.errors import AccessDenied, InvalidRequest
+from opta_lmx.types import ANYBODY, Caller, Lane
+
+LANE_HEADER = "x-lmx-lane"
 
 # A monitor must be able to tell a live server from a dead one without a key.
 _OPEN_PATH = "/admin/health"
@@ -32,7 +37,9 @@ class KeyCheck:
             return
         keys, header = self._guard(scope["path"])
         presented = _presented(Headers(scope=scope), header)
-        if not keys or _any_equal(presented, keys):
+        known = _find_equal(presented, [key for key, _ in keys])
+        if not keys or known is not None:
+            scope.setdefault("state", {})["caller"] = ANYBODY if known is None else keys[known][1]
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             await error_response(AccessDenied(presented=bool(presented)))(scope, receive, send)
@@ -40,19 +47,30 @@ class KeyCheck:
             # Before the handshake is accepted, servers turn this into a 403.
             await send({"type": "websocket.close", "code": 1008})
 
-    def _guard(self, path: str) -> tuple[list[bytes], str]:
-        """The keys that open ``path`` (none: open), and the header beside Authorization that may carry one."""
+    def _guard(self, path: str) -> tuple[list[tuple[bytes, Caller]], str]:
+        """The keys that open ``path`` (none: open) and whose they are, and the header beside Authorization for one."""
         security = self._current().security
         room = path.split("/", 2)[1] if path.startswith("/") else ""
         if room in ("v1", "api"):
-            return _encoded(security.api_keys), "x-api-key"
+            return _callers(security), "x-api-key"
         if room == "admin" and path != _OPEN_PATH:
-            return _encoded([security.admin_key] if security.admin_key else []), "x-admin-key"
+            key = security.admin_key
+            return [(_encoded(key), ANYBODY)] if key else [], "x-admin-key"
         return [], ""
 
 
-def _encoded(keys: Iterable[SecretStr]) -> list[bytes]:
-    return [key.get_secret_value().encode() for key in keys]
+def _callers(security: SecurityConfig) -> list[tuple[bytes, Caller]]:
+    """Every key of the inference API with its caller; those without a name are numbered."""
+    plain = [(_encoded(key), Caller(f"key-{number}")) for number, key in enumerate(security.api_keys, 1)]
+    named = [
+        (_encoded(caller.key), Caller(name, caller.weight, Lane(caller.lane)))
+        for name, caller in security.callers.items()
+    ]
+    return plain + named
+
+
+def _encoded(key: SecretStr) -> bytes:
+    return key.get_secret_value().encode()
 
 
 def _presented(headers: Headers, header: str) -> list[bytes]:
@@ -61,9 +79,24 @@ def _presented(headers: Headers, header: str) -> list[bytes]:
     return [key.encode("latin-1") for key in found if key]
 
 
-def _any_equal(presented: Iterable[bytes], keys: Iterable[bytes]) -> bool:
-    """Compares every pair, each in constant time: how long it takes tells nothing about which one was close."""
-    equal = False
-    for one, key in product(presented, keys):
-        equal |= compare_digest(one, key)
-    return equal
+def _find_equal(presented: Iterable[bytes], keys: Sequence[bytes]) -> int | None:
+    """Which key was presented. Compares every pair, each in constant time: how long it takes tells nothing of which one
+    was close."""
+    found = None
+    for one, (number, key) in product(presented, enumerate(keys)):
+        if compare_digest(one, key):
+            found = number
+    return found
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks, in which lane; raises InvalidRequest for an ``x-lmx-lane`` that is none."""
+    caller: Caller = request.state.caller
+    wanted = request.headers.get(LANE_HEADER)
+    if wanted is None:
+        return caller
+    try:
+        return msgspec.structs.replace(caller, lane=Lane(wanted.strip().lower()))
+    except ValueError:
+        lanes = " or ".join(f"'{lane}'" for lane in Lane)
+        raise InvalidRequest(f"The header '{LANE_HEADER}' should be {lanes}.", param=LANE_HEADER) from None

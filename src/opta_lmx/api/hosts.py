@@ -75,7 +75,7 @@ def _is_ours(name: str, config: Config) -> bool:
         return True
     if server.is_loopback or server.allowed_hosts:  # 2
         return False
-    if config.security.api_keys and config.security.admin_key:  # 3
+    if config.security.inference_keys and config.security.admin_key:  # 3
         return True
     return _is_address(name) or name.removesuffix(".local") == socket.gethostname().lower().removesuffix(".local")  # 4
 

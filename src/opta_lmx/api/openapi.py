@@ -109,5 +109,5 @@ def _security(path: str, security: SecurityConfig) -> list[JsonObject]:
     """Any one of these opens ``path``; the empty one, if it is there, is no key at all."""
     admin = path.startswith("/admin")
     keys = ["bearer", "admin_key" if admin else "api_key"]
-    needed = path != "/admin/health" and bool(security.admin_key if admin else security.api_keys)
+    needed = path != "/admin/health" and bool(security.admin_key if admin else security.inference_keys)
     return [*([] if needed else [{}]), *({key: []} for key in keys)]

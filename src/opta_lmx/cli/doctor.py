@@ -73,7 +73,7 @@ def _examine(arguments: Arguments, environ: Mapping[str, str], host: Host) -> It
         security = config.security
         yield findings.check_door(
             loopback=config.server.is_loopback,
-            api_keys=bool(security.api_keys),
+            api_keys=bool(security.inference_keys),
             admin_key=security.admin_key is not None,
         )
         yield _token(config, environ, services)

@@ -172,7 +172,7 @@ def _find(arguments: Arguments, environ: Mapping[str, str], key: str | None, *, 
         config, _ = read_config(arguments, environ)
         url = config.server.url
         security = config.security
-        own = [security.admin_key] if admin else security.api_keys
+        own = [security.admin_key] if admin else security.inference_keys
         key = key or next((secret.get_secret_value() for secret in own if secret is not None), None)
     if key and not (key.isascii() and key.isprintable()):
         kind = "admin" if admin else "API"

@@ -1,15 +1,18 @@
-"""The door of one model: how many requests run, how many wait, and who is next. Bounds, first come first served.
+"""The door of one model: how many requests run, how many wait, and who is next (``fair_queue.py``).
 
 One writer, the event loop: no ``await`` between reading and writing. The engine enters a request before it asks
 for a lease and releases its slot when the request has ended.
 """
 
 import asyncio
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
 
 from opta_lmx.errors import QueueFull
+from opta_lmx.inference.fair_queue import FairQueue
+from opta_lmx.types import ANYBODY, Caller, Lane
 
 # A caller who comes back within a second costs more than it gains; one told more than a minute gives up.
 MIN_RETRY_SECONDS = 1.0
@@ -35,34 +38,52 @@ class Slot:
 
 
 class Admission:
-    """Lets ``max_running`` requests run and ``max_waiting`` wait; ``now`` is monotonic, in seconds."""
+    """Lets ``max_running`` requests run and ``max_waiting`` wait; ``now`` is monotonic, in seconds.
+
+    ``house`` bounds all models together.
+    """
 
     def __init__(
-        self, model_id: str, max_running: int, max_waiting: int, now: Callable[[], float] = time.monotonic
+        self,
+        model_id: str,
+        max_running: int,
+        max_waiting: int,
+        now: Callable[[], float] = time.monotonic,
+        house: "House | None" = None,
     ) -> None:
         self._model_id = model_id
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._now = now
-        self._running = 0
-        # A dict for its order and for leaving from the middle; the values mean nothing.
-        self._waiting: dict[asyncio.Future[None], None] = {}
+        self._house = house or House(sys.maxsize, sys.maxsize)
+        self._house.add(self)
+        self.running = 0
+        self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()
         # When slots came free while all were taken: the speed of the queue.
         self._releases: deque[float] = deque(maxlen=_RECENT_RELEASES)
 
-    async def enter(self) -> Slot:
-        """A slot, at once or when those who came before have theirs; raises QueueFull if too many wait already."""
-        if self._running < self._max_running:
-            self._running += 1
+    @property
+    def waiting(self) -> int:
+        """Requests in line."""
+        return len(self._waiting)
+
+    @property
+    def _is_full(self) -> bool:
+        return self.running >= self._max_running or self._house.is_full
+
+    async def enter(self, caller: Caller = ANYBODY) -> Slot:
+        """A slot, at once or when it is the caller's turn; raises QueueFull if too many wait already."""
+        if not self._is_full and not self._waiting:
+            self.running += 1
             return Slot(self._leave)
-        if len(self._waiting) >= self._max_waiting:
-            raise QueueFull(self._model_id, len(self._waiting), self.retry_after_seconds())
+        if self.waiting >= self._max_waiting or self._house.line_is_full:
+            raise QueueFull(self._model_id, self.waiting, self.retry_after_seconds())
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting[turn] = None
+        self._waiting.push(turn, caller)
         try:
             await turn
         except asyncio.CancelledError:
-            self._waiting.pop(turn, None)
+            self._waiting.remove(turn)
             if not turn.cancelled():
                 # Called up in the same turn of the loop as it was cancelled: the slot goes to the next.
                 self._leave()
@@ -72,11 +93,15 @@ class Admission:
     def reconfigure(self, max_running: int, max_waiting: int) -> None:
         """Take changed bounds. Those who run or wait already are sent away by neither."""
         self._max_running, self._max_waiting = max_running, max_waiting
-        self._call_up()
+        self._house.call_up()
 
     def depths(self) -> tuple[int, int]:
         """Requests that run, and requests that wait."""
-        return self._running, len(self._waiting)
+        return self.running, self.waiting
+
+    def line(self) -> list[tuple[Lane, str, int]]:
+        """(lane, caller, requests) of everybody in line."""
+        return list(self._waiting.depths())
 
     def retry_after_seconds(self) -> float:
         """When a place in the queue should come free: the mean time between releases while all slots were taken.
@@ -88,18 +113,57 @@ class Admission:
         return min(max(mean, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
 
     def _leave(self) -> None:
-        if self._running >= self._max_running:
+        if self._is_full:
             self._releases.append(self._now())
         else:
             self._releases.clear()
-        self._running -= 1
-        self._call_up()
+        self.running -= 1
+        self._house.call_up()
 
-    def _call_up(self) -> None:
-        """Those first in line run, as far as there is room."""
-        while self._waiting and self._running < self._max_running:
-            turn = next(iter(self._waiting))
-            del self._waiting[turn]
+    def call_up_one(self) -> bool:
+        """The next in line runs; False if there is no room or nobody in line."""
+        while self._waiting and not self._is_full:
+            turn = self._waiting.pop()
             if not turn.done():
-                self._running += 1
+                self.running += 1
                 turn.set_result(None)
+                return True
+        return False
+
+
+class House:
+    """What all models' doors share: how many requests run and wait together."""
+
+    def __init__(self, max_running: int, max_waiting: int) -> None:
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        # In turn, so that no model's line is always asked first.
+        self._doors: deque[Admission] = deque()
+
+    def add(self, door: Admission) -> None:
+        """One more model."""
+        self._doors.append(door)
+
+    def reconfigure(self, max_running: int, max_waiting: int) -> None:
+        """Take changed bounds, as each door does."""
+        self._max_running, self._max_waiting = max_running, max_waiting
+        self.call_up()
+
+    @property
+    def is_full(self) -> bool:
+        """True if nobody more may run, whatever the model."""
+        return sum(door.running for door in self._doors) >= self._max_running
+
+    @property
+    def line_is_full(self) -> bool:
+        """True if nobody more may wait, whatever the model."""
+        return sum(door.waiting for door in self._doors) >= self._max_waiting
+
+    def call_up(self) -> None:
+        """Let run whoever may: one of each model's line in turn, as far as there is room."""
+        called = True
+        while called:
+            called = False
+            for _ in range(len(self._doors)):
+                self._doors.rotate(-1)
+                called |= self._doors[-1].call_up_one()

@@ -5,7 +5,7 @@ GenerateRequest.
 from dataclasses import dataclass
 
 from opta_lmx.inference.protocol import Embed, Rank
-from opta_lmx.types import TextPrompt, TokenPrompt
+from opta_lmx.types import ANYBODY, Caller, TextPrompt, TokenPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,7 @@ class EmbedRequest:
     inputs: tuple[TextPrompt | TokenPrompt, ...]
     dimensions: int | None = None
     ttl_seconds: float | None = None
+    caller: Caller = ANYBODY
 
     def frame(self, id: int) -> Embed:
         """The request as request ``id`` of one pipe."""
@@ -32,6 +33,7 @@ class RankRequest:
     query: str
     documents: tuple[str, ...]
     ttl_seconds: float | None = None
+    caller: Caller = ANYBODY
 
     def frame(self, id: int) -> Rank:
         """The request as request ``id`` of one pipe."""

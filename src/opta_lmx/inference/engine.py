@@ -23,7 +23,7 @@ from opta_lmx.errors import (
     UnsupportedParameter,
     WorkerLost,
 )
-from opta_lmx.inference.admission import Admission
+from opta_lmx.inference.admission import Admission, House
 from opta_lmx.inference.embedding import EmbedRequest, RankRequest
 from opta_lmx.inference.held import Held
 from opta_lmx.inference.protocol import Embedded, Ranked
@@ -37,7 +37,7 @@ from opta_lmx.manager.residency import Lease, LoadResult, Residency, UnloadResul
 from opta_lmx.monitoring.logging import get_logger
 from opta_lmx.monitoring.timing import RequestBook, Timeline
 from opta_lmx.router.resolve import preset_behind, resolve
-from opta_lmx.types import CacheReport, Delta, GenerateRequest, ModelFacts, ModelFiles
+from opta_lmx.types import CacheReport, Delta, GenerateRequest, Lane, ModelFacts, ModelFiles
 
 # A client that keeps asking for a model that does not exist must not make us read the disk each time.
 _LOOK_AGAIN_SECONDS = 1.0
@@ -115,6 +115,7 @@ class InferenceEngine:
         self._models = models
         self._residency = residency
         self._now = now
+        self._house = House(config.scheduling.max_running_total, config.scheduling.max_waiting_total)
         self._admissions: dict[str, Admission] = {}
         self._quarantines: defaultdict[str, Quarantine] = defaultdict(Quarantine)
         self._looked_at = -_LOOK_AGAIN_SECONDS
@@ -151,6 +152,7 @@ class InferenceEngine:
         self._config = config
         for admission in self._admissions.values():
             admission.reconfigure(config.scheduling.max_running, config.scheduling.max_waiting)
+        self._house.reconfigure(config.scheduling.max_running_total, config.scheduling.max_waiting_total)
 
     async def idle(self) -> None:
         """Wait until no request is open."""
@@ -245,6 +247,10 @@ class InferenceEngine:
         """Requests (running, waiting) of each model that has any history."""
         return {model_id: admission.depths() for model_id, admission in self._admissions.items()}
 
+    def lines(self) -> Mapping[str, list[tuple[Lane, str, int]]]:
+        """Who waits for each model: (lane, caller, requests)."""
+        return {model_id: line for model_id, admission in self._admissions.items() if (line := admission.line())}
+
     def _admit_name(self, name: str) -> str:
         if self.draining:
             raise Draining("The server is shutting down.", retry_after_seconds=5.0)
@@ -254,7 +260,7 @@ class InferenceEngine:
         admission = self._admissions.get(model_id)
         if admission is None:
             bounds = self._config.scheduling
-            admission = Admission(model_id, bounds.max_running, bounds.max_waiting, now=self._now)
+            admission = Admission(model_id, bounds.max_running, bounds.max_waiting, self._now, self._house)
             self._admissions[model_id] = admission
         return admission
 
@@ -282,7 +288,7 @@ class InferenceEngine:
         try:
             model_id = self._admit_name(request.model)
             held.timeline.resolved(model_id)
-            held.slot = await self._admission(model_id).enter()
+            held.slot = await self._admission(model_id).enter(request.caller)
             held.timeline.admitted()
             files = await self._models.ensure_local(model_id)
             _check_task(files, encoder=encoder)

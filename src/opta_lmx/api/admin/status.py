@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from opta_lmx import __version__
-from opta_lmx.api.admin.wire import Health, ImportStatus, Ledger, Memory, ModelStatus, Ready, Status, to_gib
+from opta_lmx.api.admin.wire import Health, ImportStatus, Ledger, Line, Memory, ModelStatus, Ready, Status, to_gib
 from opta_lmx.api.errors import json_response, to_envelope
 from opta_lmx.api.services import Services
 from opta_lmx.errors import Busy, Draining, LmxError, ModelLoading
@@ -46,6 +46,11 @@ async def get_status(request: Request) -> Status:
         draining=services.engine.draining,
         requests_running=sum(running for running, _ in depths.values()),
         requests_waiting=sum(waiting for _, waiting in depths.values()),
+        lines=[
+            Line(model_id=model_id, lane=lane, caller=caller, requests=requests)
+            for model_id, line in services.engine.lines().items()
+            for lane, caller, requests in line
+        ],
         models=[_model_status(model, depths.get(model.id, (0, 0))) for model in services.residency.snapshot()],
         imports=[
             ImportStatus(model_id=model_id, done_bytes=progress.done_bytes, total_bytes=progress.total_bytes)

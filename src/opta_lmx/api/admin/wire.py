@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from opta_lmx.manager.integrity import Verdict
 from opta_lmx.monitoring.timing import Phase
-from opta_lmx.types import ModelState
+from opta_lmx.types import Lane, ModelState
 
 _GIB = 1024**3
 
@@ -265,6 +265,15 @@ class ImportStatus(Wire):
     total_bytes: int
 
 
+class Line(Wire):
+    """Requests of one caller that wait for a place in one model's batch; ``caller`` is empty where no keys are set."""
+
+    model_id: str
+    lane: Lane
+    caller: str
+    requests: int
+
+
 class Status(Wire):
     """The server at a glance."""
 
@@ -273,6 +282,7 @@ class Status(Wire):
     draining: bool
     requests_running: int
     requests_waiting: int
+    lines: list[Line]
     models: list[ModelStatus]
     imports: list[ImportStatus]
     memory: Memory

@@ -8,6 +8,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from opta_lmx.api.auth import caller_of
 from opta_lmx.api.disconnect import generating
 from opta_lmx.api.large_bodies import understand_apart
 from opta_lmx.api.openai.answer import AnswerHead, ChatAnswer, ChatChunks
@@ -81,12 +82,13 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 async def _read(request: Request, services: Services) -> _Understood:
-    pieces, request_id = await read_pieces(request), request.state.request_id
+    pieces, request_id, caller = await read_pieces(request), request.state.request_id, caller_of(request)
     if is_quick(*pieces):
-        return _understand(request_id, services.engine.preset, b"".join(pieces))
+        chat, use, wanted = _understand(request_id, services.engine.preset, b"".join(pieces))
+        return chat, use, msgspec.structs.replace(wanted, caller=caller)
     apart = partial(_understand_apart, request_id, services.engine.preset_finder())
     (chat, use, wanted), prompt = await understand_apart(apart, pieces)
-    return chat, use, msgspec.structs.replace(wanted, prompt=EncodedPrompt(prompt))
+    return chat, use, msgspec.structs.replace(wanted, prompt=EncodedPrompt(prompt), caller=caller)
 
 
 def _understand_apart(

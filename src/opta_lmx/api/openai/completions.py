@@ -5,10 +5,12 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Final
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from opta_lmx.api.auth import caller_of
 from opta_lmx.api.disconnect import generating
 from opta_lmx.api.openai.completion_answer import TextAnswer, TextChunks, TextHead
 from opta_lmx.api.openai.joint import Join, joining
@@ -55,9 +57,9 @@ async def create_completion(request: Request) -> Response:
         raise InvalidRequest("you must provide a model parameter")
     completion = validate(CompletionRequest, body)
     services: Services = request.app.state.services
-    first, *others = to_generate_requests(
-        completion, request.state.request_id, services.engine.preset(completion.model)
-    )
+    wanted = to_generate_requests(completion, request.state.request_id, services.engine.preset(completion.model))
+    caller = caller_of(request)
+    first, *others = (msgspec.structs.replace(one, caller=caller) for one in wanted)
     head = TextHead(
         id=f"cmpl-{request.app.state.new_id()}",
         created=int(request.app.state.wall()),

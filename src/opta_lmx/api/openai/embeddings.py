@@ -3,6 +3,7 @@
 from array import array
 from base64 import b64encode
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from anyio import CancelScope, create_task_group
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive
 
+from opta_lmx.api.auth import caller_of
 from opta_lmx.api.errors import json_response
 from opta_lmx.api.openai.wire_text import EmbeddingList, EmbeddingsRequest, read_inputs
 from opta_lmx.api.openapi import MODEL_ERRORS, errors, request_body
@@ -44,7 +46,7 @@ async def create_embeddings(request: Request) -> Response:
         raise InvalidRequest("you must provide a model parameter")
     embeddings = validate(EmbeddingsRequest, body)
     services: Services = request.app.state.services
-    wanted = to_embed_request(embeddings, request.state.request_id)
+    wanted = replace(to_embed_request(embeddings, request.state.request_id), caller=caller_of(request))
     model_id = services.engine.resolve(wanted.model)
     answer = await while_connected(request.receive, lambda: services.engine.embed(wanted))
     usage = {"prompt_tokens": answer.prompt_tokens, "total_tokens": answer.prompt_tokens}

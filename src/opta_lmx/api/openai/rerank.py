@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from opta_lmx.api.auth import caller_of
 from opta_lmx.api.errors import json_response
 from opta_lmx.api.openai.embeddings import while_connected
 from opta_lmx.api.openai.wire_text import RerankAnswer, RerankRequest
@@ -39,7 +40,7 @@ async def rerank(request: Request) -> Response:
     services: Services = request.app.state.services
     model_id = services.engine.resolve(asked.model)
     texts = tuple(document if isinstance(document, str) else document.text for document in asked.documents)
-    wanted = RankRequest(request.state.request_id, asked.model, asked.query, texts, asked.ttl)
+    wanted = RankRequest(request.state.request_id, asked.model, asked.query, texts, asked.ttl, caller_of(request))
     answer = await while_connected(request.receive, lambda: services.engine.rank(wanted))
     # Of equal scores the earlier document comes first.
     best = sorted(range(len(texts)), key=lambda index: -answer.scores[index])[: asked.top_n]

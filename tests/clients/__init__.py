@@ -1,0 +1,1 @@
+"""The OpenAI contract, proven by programs that were written elsewhere."""

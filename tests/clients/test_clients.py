@@ -1,0 +1,67 @@
+"""Each client, as its own documentation says it is used, gets from a real server what it expects of OpenAI's."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.clients.conftest import SHORT, STARTER, RunClient
+from tests.clients.environments import HERE, node_environment
+from tests.integration.conftest import RunningServer
+
+# Seconds. On a machine that has no environment yet, the first test also waits for its making.
+pytestmark = [pytest.mark.mlx, pytest.mark.timeout(400)]
+
+
+@pytest.mark.parametrize("name", ["langchain", "litellm"])
+def test_a_python_client(name: str, pythons: dict[str, Path], run_client: RunClient) -> None:
+    """Every check of its script holds: chats, streams, tools, structured output, embeddings, errors, cancelling."""
+    run_client([pythons[name], HERE / f"{name}_client.py"])
+
+
+def test_the_official_javascript_client(run_client: RunClient) -> None:
+    """Every check of its script holds, its helpers for streams, zod and running tools among them."""
+    # Packages are looked for beside the script.
+    script = shutil.copy(HERE / "openai_node.mjs", node_environment())
+    run_client(["node", script])
+
+
+def test_the_llm_command(
+    pythons: dict[str, Path], run_client: RunClient, client_server: RunningServer, tmp_path: Path
+) -> None:
+    """Named in extra-openai-models.yaml, a model answers whole and streamed, goes on talking, and fills in a schema."""
+    settings = tmp_path / ".config" / "io.datasette.llm"
+    settings.mkdir(parents=True)
+    rows = [
+        f"- {{model_id: {name}, model_name: {model}, api_base: '{client_server.url}/v1', supports_schema: true}}\n"
+        for name, model in {"starter": STARTER, "random": "tiny", "absent": "no-such-model"}.items()
+    ]
+    (settings / "extra-openai-models.yaml").write_text("".join(rows))
+    llm = pythons["llm"].with_name("llm")
+    asked = ["prompt", "-m", "starter", "-o", "temperature", "0", "What is the capital of France?"]
+    assert run_client([llm, *asked, "--no-stream"]) == "The capital of France is Paris.\n"
+    assert run_client([llm, *asked]) == "The capital of France is Paris.\n"
+    assert run_client([llm, "prompt", "--continue", "-o", "max_tokens", "2", "Of Italy?"]).strip()
+    schema = {"type": "object", "properties": {"capital": {"type": "boolean"}}, "required": ["capital"]}
+    filled = run_client([llm, "prompt", "-m", "random", "--schema", json.dumps(schema), "Paris"])
+    assert isinstance(json.loads(filled)["capital"], bool)
+    run_client([llm, "prompt", "-m", "absent", "Hi"], expected=1)
+
+
+def test_llm_comply(pythons: dict[str, Path], run_client: RunClient, client_server: RunningServer) -> None:
+    """Its suite for openai-chat passes but for the image, which a model that reads only text refuses by its place.
+
+    The tool has no way to say that a model reads only text: that test demands 200 of every model.
+    """
+    comply = pythons["comply"].with_name("llm-comply")
+    told = ["--format", "openai-chat", "-u", f"{client_server.url}/v1", "-k", "any", "-m", SHORT, "--json"]
+    report = json.loads(run_client([comply, *told], expected=1))
+    results = {result["id"]: result for result in report["results"]}
+    image = results.pop("chat-image-input")
+    assert image["errors"][0] == "HTTP 400 (expected [200])"
+    # The starter does not reason, whatever it is called.
+    assert "reasoning_tokens is 0" in results["chat-reasoning-summary"].pop("warnings")[0]
+    assert len(results) == 8
+    wrong = [result for result in results.values() if result["status"] != "passed" or result.get("warnings")]
+    assert not wrong, wrong
