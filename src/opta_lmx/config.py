@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
 from opta_lmx.config_fields import Bytes, BytesOrAuto, Key, Level, Name, Section, Words, expand
 from opta_lmx.config_models import ModelsConfig
@@ -204,6 +204,18 @@ class SecurityConfig(Section):
         default={}, description="Callers with a key, a share and a lane of their own, by the name logs and status show."
     )
     allow_open_lan: bool = Field(default=False, description="Let other machines connect although a key is missing.")
+
+    @field_validator("callers")
+    @classmethod
+    def _check_each_has_its_own_key(
+        cls, callers: Mapping[str, CallerConfig], info: ValidationInfo
+    ) -> Mapping[str, CallerConfig]:
+        owners = dict.fromkeys(info.data.get("api_keys", ()), "security.api_keys")
+        for name, caller in callers.items():
+            if caller.key in owners:
+                raise ValueError(f"the key of {name!r} is that of {owners[caller.key]} too; give each its own")
+            owners[caller.key] = repr(name)
+        return callers
 
     @property
     def inference_keys(self) -> tuple[SecretStr, ...]:

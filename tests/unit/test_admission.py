@@ -310,3 +310,18 @@ async def test_callers_take_turns() -> None:
         }
         held.release()
     assert came == ["flood", "lone", "flood", "flood", "flood", "job"]
+
+
+async def test_the_pace_told_is_that_of_the_bound_in_the_way() -> None:
+    """Where all models together are too many, the time told is that of releases at any door."""
+    clock = Clock()
+    house = House(2, 0)
+    one, other = (Admission(name, 2, 0, clock, house) for name in "ab")
+    held = [await one.enter(), await one.enter()]
+    for _ in range(4):
+        clock.seconds += 5
+        held.pop(0).release()
+        held.append(await one.enter())
+    with pytest.raises(QueueFull) as refused:
+        await other.enter()
+    assert refused.value.retry_after_seconds == 5

@@ -238,7 +238,7 @@ def test_key_that_cannot_be_had_names_its_setting(tmp_path: Path, written: str, 
 
 def test_keys_are_never_shown(tmp_path: Path) -> None:
     """No printed form of the settings holds a key, while the values are there for the check."""
-    keys = f"api_keys: [{SECRET}], admin_key: {SECRET}, callers: {{nightly: {{key: {SECRET}, lane: batch}}}}"
+    keys = f"api_keys: [{SECRET}], admin_key: {SECRET}, callers: {{nightly: {{key: {SECRET}-2, lane: batch}}}}"
     config = load(tmp_path, f"security: {{{keys}}}\n")
     shown = [repr(config), str(config), repr(config.security), str(config.public()), config.model_dump_json()]
     assert not [form for form in shown if SECRET in form]
@@ -342,3 +342,24 @@ def test_presets_and_models_have_their_own_settings(tmp_path: Path) -> None:
     assert (preset.sampling.temperature, preset.sampling.top_p, preset.sampling.stop) == (0.0, None, ("x",))
     special = models.per_model["a/b"]
     assert (special.kv_bits, special.pinned, special.ttl_seconds) == (8, True, None)
+
+
+@pytest.mark.parametrize(
+    ("security", "reason"),
+    [
+        ("{api_keys: [k], callers: {a: {key: k}}}", "the key of 'a' is that of security.api_keys too"),
+        ("{callers: {a: {key: k}, b: {key: k}}}", "the key of 'b' is that of 'a' too"),
+    ],
+)
+def test_callers_share_no_key(tmp_path: Path, security: str, reason: str) -> None:
+    """Whose request it is must be clear from its key."""
+    error = load_error(tmp_path, f"security: {security}\n")
+    assert (error.key, error.reason) == ("security.callers", f"{reason}; give each its own")
+
+
+@pytest.mark.parametrize("name", ["api_keys[0]", "", "a b", "-a"])
+def test_callers_have_names_that_fit_a_label(tmp_path: Path, name: str) -> None:
+    """And none can be taken for one of the keys without a name."""
+    error = load_error(tmp_path, f"security:\n  callers:\n    '{name}': {{key: k}}\n")
+    assert error.key is not None
+    assert error.key.startswith("security.callers")

@@ -24,7 +24,7 @@ from opta_lmx.inference.embedding import EmbedRequest
 from opta_lmx.inference.protocol import Embed, Embedded, Rank, Started
 from opta_lmx.inference.worker_reply import WorkerReply
 from opta_lmx.monitoring.timing import Histogram, LiveRequest, Outcome, Phase, RequestBook, Timeline
-from opta_lmx.types import CacheReport, Delta, FinishReason, TextPrompt
+from opta_lmx.types import CacheReport, Caller, Delta, FinishReason, Lane, TextPrompt
 from tests.engine_house import House, ScriptedWorker, house, request
 from tests.fake_workers import Clock, settle
 
@@ -60,7 +60,7 @@ def test_a_histogram_counts_each_value_under_the_first_bound_that_holds_it(value
 
 def test_the_line_of_a_whole_request(books: RequestBook, clock: Clock) -> None:
     """Every duration is from its own two moments, the rate leaves the first tokens out, and the books agree."""
-    timeline = begin(books, clock)
+    timeline = Timeline(books, "req", 1, clock, Caller("nightly", lane=Lane.BATCH))
     timeline.resolved("a")
     clock.seconds += 1
     timeline.admitted()
@@ -75,6 +75,8 @@ def test_the_line_of_a_whole_request(books: RequestBook, clock: Clock) -> None:
     assert timeline.end(Outcome.STOP) == {
         "request_id": "req",
         "model": "a",
+        "caller": "nightly",
+        "lane": "batch",
         "outcome": "stop",
         "queue_s": 3,
         "load_s": 2,

@@ -30,6 +30,9 @@ class KeyCheck:
     def __init__(self, app: ASGIApp, current: Callable[[], Config]) -> None:
         self._app = app
         self._current = current
+        # Read out once for each reading of the settings, not once a request.
+        self._security: SecurityConfig | None = None
+        self._callers: list[tuple[bytes, Caller]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -52,7 +55,9 @@ class KeyCheck:
         security = self._current().security
         room = path.split("/", 2)[1] if path.startswith("/") else ""
         if room in ("v1", "api"):
-            return _callers(security), "x-api-key"
+            if security is not self._security:
+                self._security, self._callers = security, _callers(security)
+            return self._callers, "x-api-key"
         if room == "admin" and path != _OPEN_PATH:
             key = security.admin_key
             return [(_encoded(key), ANYBODY)] if key else [], "x-admin-key"
@@ -60,8 +65,8 @@ class KeyCheck:
 
 
 def _callers(security: SecurityConfig) -> list[tuple[bytes, Caller]]:
-    """Every key of the inference API with its caller; those without a name are numbered."""
-    plain = [(_encoded(key), Caller(f"key-{number}")) for number, key in enumerate(security.api_keys, 1)]
+    """Every key of the inference API with its caller; those without a name have one that no name in the file can be."""
+    plain = [(_encoded(key), Caller(f"api_keys[{number}]")) for number, key in enumerate(security.api_keys)]
     named = [
         (_encoded(caller.key), Caller(name, caller.weight, Lane(caller.lane)))
         for name, caller in security.callers.items()

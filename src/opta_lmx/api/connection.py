@@ -25,6 +25,9 @@ from opta_lmx.api.errors import (
     to_envelope,
 )
 from opta_lmx.config import ServerConfig
+from opta_lmx.monitoring.logging import get_logger
+
+_log = get_logger(__name__)
 
 # nginx takes four buffers of 8 KiB, Apache a hundred fields; no client of ours comes near.
 MAX_HEAD_BYTES: Final = 32 * 1024
@@ -45,13 +48,20 @@ _TCP_KEEPIDLE: Final[int] = getattr(socket, "TCP_KEEPIDLE", None) or socket.TCP_
 
 
 def raise_open_files(connections: int) -> None:
-    """Lets this process open as many files as so many connections take, if the system permits; macOS starts at 256."""
+    """Lets this process open as many files as so many connections take; macOS starts at 256.
+
+    A system that permits fewer is told of in the log: what comes beyond them is not even refused.
+    """
     wanted = connections + _OTHER_OPEN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        ceiling = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (ceiling, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    ceiling = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (ceiling, hard))
+        soft = ceiling
+    if soft < wanted:
+        _log.warning("open_files_limited", limit=soft, wanted=wanted, remedy="raise ulimit -n or lower max_connections")
 
 
 class Connection(HttpToolsProtocol):

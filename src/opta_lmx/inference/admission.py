@@ -37,6 +37,26 @@ class Slot:
             give_back()
 
 
+class _Pace:
+    """How fast places come free while there is none."""
+
+    def __init__(self) -> None:
+        self._releases: deque[float] = deque(maxlen=_RECENT_RELEASES)
+
+    def note_release(self, when: float, was_full: bool) -> None:
+        """A place has come free; what came free while others were to be had says nothing."""
+        if was_full:
+            self._releases.append(when)
+        else:
+            self._releases.clear()
+
+    def retry_after_seconds(self) -> float:
+        """The mean time between releases, within the bounds; the lower one while too few are known."""
+        gaps = len(self._releases) - 1
+        mean = (self._releases[-1] - self._releases[0]) / gaps if gaps > 0 else 0.0
+        return min(max(mean, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+
+
 class Admission:
     """Lets ``max_running`` requests run and ``max_waiting`` wait; ``now`` is monotonic, in seconds.
 
@@ -59,8 +79,7 @@ class Admission:
         self._house.add(self)
         self.running = 0
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()
-        # When slots came free while all were taken: the speed of the queue.
-        self._releases: deque[float] = deque(maxlen=_RECENT_RELEASES)
+        self._pace = _Pace()
 
     @property
     def waiting(self) -> int:
@@ -104,19 +123,17 @@ class Admission:
         return list(self._waiting.depths())
 
     def retry_after_seconds(self) -> float:
-        """When a place in the queue should come free: the mean time between releases while all slots were taken.
+        """When a place in the queue should come free, by the pace of the bound that is in the way.
 
         Between MIN_RETRY_SECONDS and MAX_RETRY_SECONDS; the former while too few releases are known.
         """
-        gaps = len(self._releases) - 1
-        mean = (self._releases[-1] - self._releases[0]) / gaps if gaps > 0 else 0.0
-        return min(max(mean, MIN_RETRY_SECONDS), MAX_RETRY_SECONDS)
+        has_room = self.running < self._max_running
+        return (self._house.pace if has_room and self._house.is_full else self._pace).retry_after_seconds()
 
     def _leave(self) -> None:
-        if self._is_full:
-            self._releases.append(self._now())
-        else:
-            self._releases.clear()
+        now = self._now()
+        self._pace.note_release(now, self._is_full)
+        self._house.pace.note_release(now, self._house.is_full)
         self.running -= 1
         self._house.call_up()
 
@@ -139,6 +156,7 @@ class House:
         self._max_waiting = max_waiting
         # In turn, so that no model's line is always asked first.
         self._doors: deque[Admission] = deque()
+        self.pace = _Pace()
 
     def add(self, door: Admission) -> None:
         """One more model."""

@@ -282,7 +282,7 @@ class InferenceEngine:
     ) -> Result:
         """Pass the door, then attempt with a lease; if the worker dies meanwhile, once more and apart from others."""
         choices = request.sampling.n if isinstance(request, GenerateRequest) else 0
-        held = Held(Timeline(self._requests, request.request_id, choices, self._now))
+        held = Held(Timeline(self._requests, request.request_id, choices, self._now, request.caller))
         self._open.add(held)
         self._idle.clear()
         try:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Final
 
 from opta_lmx.errors import DownloadError, LmxError, WorkerError
-from opta_lmx.types import Delta
+from opta_lmx.types import ANYBODY, Caller, Delta, Lane
 
 # Upper bounds in seconds. Every histogram spans what can happen here, finest where a promise or a default lies.
 
@@ -50,11 +50,14 @@ class LiveRequest:
     """A request that has not ended, at one moment. Times in seconds; None for what has not come yet.
 
     ``prompt_tokens`` and ``cached_tokens`` are known with the first token, ``completion_tokens`` are those its reader
-    has taken, ``tokens_per_second`` is the rate after the first ones, all choices together.
+    has taken, ``tokens_per_second`` is the rate after the first ones, all choices together. ``caller`` is empty where
+    no keys are set.
     """
 
     request_id: str
     model_id: str | None
+    caller: str
+    lane: Lane
     phase: Phase
     age_seconds: float
     queue_seconds: float | None
@@ -188,6 +191,7 @@ class Timeline:
         "_now",
         "_outcome",
         "cached_tokens",
+        "caller",
         "choices",
         "completion_tokens",
         "model_id",
@@ -197,9 +201,15 @@ class Timeline:
     )
 
     def __init__(
-        self, books: RequestBook, request_id: str, choices: int, now: Callable[[], float] = time.monotonic
+        self,
+        books: RequestBook,
+        request_id: str,
+        choices: int,
+        now: Callable[[], float] = time.monotonic,
+        caller: Caller = ANYBODY,
     ) -> None:
         self.request_id = request_id
+        self.caller = caller
         self.choices = choices
         self.model_id: str | None = None
         # Its reader has all it wants: what the worker then calls cancelled ended as it should.
@@ -286,6 +296,8 @@ class Timeline:
         return {
             "request_id": self.request_id,
             "model": self.model_id,
+            "caller": self.caller.name,
+            "lane": self.caller.lane.value,
             "outcome": outcome.value,
             "queue_s": _between(self._arrived, self._leased),
             "load_s": _between(self._admitted, self._leased),
@@ -307,6 +319,8 @@ class Timeline:
         return LiveRequest(
             request_id=self.request_id,
             model_id=self.model_id,
+            caller=self.caller.name,
+            lane=self.caller.lane,
             phase=self._phase(),
             age_seconds=round(now - self._arrived, 6),
             queue_seconds=_between(self._arrived, self._leased),
