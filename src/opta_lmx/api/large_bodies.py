@@ -2,9 +2,9 @@
 
 A thread would not do. JSON, pydantic and msgpack hold the interpreter's lock for as long as a call of theirs takes: for
 10 MB of 10,000 messages 10 ms to read, 20 ms to validate, 15 ms to write the frame, and 20 ms for each full collection
-of garbage meanwhile (two-core machine, CPython 3.11). Here the event loop's process never touches more than a piece:
-between two of its turns the server spent at most 4 ms of CPU on such a body, but for one turn a request of 12 to 20 ms
-whose cause is not found yet, and full collections of garbage (34 ms and more for the objects of a start).
+of garbage meanwhile (two-core machine, CPython 3.11). Here the event loop's process never touches more than a piece: no
+turn of it took 2 ms of CPU for such a body. With 128 tools of 60 parameters each one takes 3 to 6 ms: what reads the
+model's calls comes back as thousands of objects. A process's very first request takes 6 to 11 ms, of whatever size.
 """
 
 from collections.abc import Callable, Sequence

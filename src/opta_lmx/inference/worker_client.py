@@ -25,6 +25,7 @@ from opta_lmx.errors import (
     WorkerLost,
 )
 from opta_lmx.inference import protocol
+from opta_lmx.inference.worker_outbox import Outbox
 from opta_lmx.inference.worker_reply import WorkerReply
 from opta_lmx.inference.worker_stream import WorkerStream
 from opta_lmx.manager.catalog import is_encoder
@@ -56,7 +57,7 @@ class WorkerClient(asyncio.Protocol):
         self.progress = 0
         self.depths = (0, 0)
         self._process: _Process | None = None
-        self._transport: asyncio.Transport | None = None
+        self._outbox: Outbox | None = None
         self._splitter = protocol.FrameSplitter()
         self._streams: dict[int, WorkerStream] = {}
         self._replies: dict[int, WorkerReply] = {}
@@ -224,13 +225,11 @@ class WorkerClient(asyncio.Protocol):
         raise LoadFailed(self.model_id, f"the worker ended while loading ({self._gone.result()})", crashed=True)
 
     def _send(self, frame: protocol.FromServer) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(protocol.encode(frame))
+        self._send_pieces([protocol.encode(frame)])
 
     def _send_pieces(self, pieces: list[bytes]) -> None:
-        """One frame; the transport keeps the pieces as they are and writes on whenever the worker has read."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.writelines(pieces)
+        if self._outbox is not None:
+            self._outbox.send(pieces)
 
     def _signal(self, number: int) -> None:
         if self.alive:
@@ -241,7 +240,17 @@ class WorkerClient(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is up."""
-        self._transport = cast("asyncio.Transport", transport)
+        self._outbox = Outbox(cast("asyncio.Transport", transport))
+
+    def pause_writing(self) -> None:
+        """The worker reads more slowly than we write."""
+        assert self._outbox is not None
+        self._outbox.pause()
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        assert self._outbox is not None
+        self._outbox.resume()
 
     def data_received(self, data: bytes) -> None:
         """Dispatch every complete frame."""
@@ -255,6 +264,8 @@ class WorkerClient(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The worker closed its end: it is dead or as good as dead."""
         self._socket_lost = True
+        if self._outbox is not None:
+            self._outbox.close()
         self._signal(signal.SIGKILL)
         self._finish_if_done()
 
