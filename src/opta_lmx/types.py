@@ -62,8 +62,9 @@ def encode_prompt(prompt: Prompt) -> bytes:
 class SamplingParams(msgspec.Struct, frozen=True):
     """How one request is sampled. The defaults are OpenAI's; ranges are checked by the api room.
 
-    ``max_tokens`` None means up to the end of the context. ``logprobs`` None means none, 0 the chosen
-    token only, k the k most likely besides. Choice i of ``n`` is seeded with ``seed + i``.
+    ``max_tokens`` None means up to the end of the context, 0 that the prompt is read and nothing made. ``logprobs``
+    None means none, 0 the chosen token only, k the k most likely besides; ``prompt_logprobs`` is the same for the
+    prompt's tokens. Choice i of ``n`` is seeded with ``seed + i``.
     """
 
     max_tokens: int | None = None
@@ -84,6 +85,9 @@ class SamplingParams(msgspec.Struct, frozen=True):
     n: int = 1
     # Tokens a model may think before it has to answer; None leaves that to the model.
     thinking_budget: int | None = None
+    prompt_logprobs: int | None = None
+    # Begin each choice with the text of the prompt's tokens.
+    echo_tokens: bool = False
 
 
 class Structured(msgspec.Struct, frozen=True):
@@ -149,7 +153,9 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class Delta(msgspec.Struct, frozen=True, array_like=True):
     """What one step added to one choice. ``text`` may be empty while a character or stop string is held back.
 
-    ``token_count`` counts the tokens the model made for it, the end-of-sequence token included.
+    ``token_count`` counts the tokens the model made for it, the end-of-sequence token included. The first delta of a
+    choice has the prompt's ``logprobs`` before its own where they were asked for; the prompt's first token has none
+    (0, without alternatives), since nothing precedes it.
     """
 
     choice: int

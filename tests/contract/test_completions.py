@@ -167,10 +167,6 @@ async def test_a_preset_fills_the_gaps() -> None:
         ({"suffix": "the end"}, "suffix", "unsupported_parameter"),
         ({"best_of": 3}, "best_of", "unsupported_parameter"),
         ({"best_of": 1, "n": 2}, "best_of", "unsupported_parameter"),
-        ({"echo": True, "logprobs": 0}, "echo", "unsupported_parameter"),
-        ({"echo": True, "prompt": [1, 2]}, "echo", "unsupported_parameter"),
-        ({"echo": True, "max_tokens": 0}, "max_tokens", "unsupported_parameter"),
-        ({"max_tokens": 0}, "max_tokens", "integer_below_min_value"),
         ({"max_tokens": -2}, "max_tokens", "integer_below_min_value"),
         ({"min_tokens": 17}, "min_tokens", "invalid_value"),
         ({"logprobs": 6}, "logprobs", "integer_above_max_value"),
@@ -341,6 +337,59 @@ async def test_log_probabilities(client: httpx.AsyncClient, world: World) -> Non
     chunks = await streamed(client, logprobs=1)
     parts = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"]]
     assert {name: [item for part in parts for item in part[name]] for name in logprobs} == logprobs
+
+
+_SCORED = [
+    TokenLogprob("Hi", 0.0, b"Hi", []),
+    TokenLogprob(" you", -1.5, b" you", [TokenLogprob(" all", -0.5, b" all")]),
+]
+_SAID = TokenLogprob("!", -0.25, b"!", [TokenLogprob("!", -0.25, b"!")])
+_PROMPT_AND_ANSWER: dict[str, list[Any]] = {
+    "tokens": ["Hi", " you", "!"],
+    "token_logprobs": [None, -1.5, -0.25],
+    "top_logprobs": [None, {" all": -0.5, " you": -1.5}, {"!": -0.25}],
+    "text_offset": [0, 2, 6],
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echo_with_log_probabilities_scores_the_prompt(
+    client: httpx.AsyncClient, world: World, stream: bool
+) -> None:
+    """The prompt's tokens come before the answer's, the first without a probability; offsets are from its text."""
+    looks = [[Delta(0, "", 0, None, _SCORED)], [Delta(0, "!", 1, FinishReason.LENGTH, [_SAID])]]
+    world.engine.script = Script(looks)
+    fields = {"prompt": "Hi you", "echo": True, "logprobs": 1, "max_tokens": 1}
+    if stream:
+        choices = [choice for chunk in await streamed(client, **fields) for choice in chunk["choices"]]
+        assert [choice["text"] for choice in choices] == ["Hi you", "!"]
+        parts = [choice["logprobs"] for choice in choices]
+        assert {name: [item for part in parts for item in part[name]] for name in parts[0]} == _PROMPT_AND_ANSWER
+    else:
+        choice = (await whole(client, **fields))["choices"][0]
+        assert (choice["text"], choice["logprobs"]) == ("Hi you!", _PROMPT_AND_ANSWER)
+    assert world.request.sampling.prompt_logprobs == 1
+    assert not world.request.sampling.echo_tokens
+
+
+@pytest.mark.parametrize(("echo", "logprobs"), [(True, None), (True, 0), (False, 2), (None, None)])
+async def test_a_prompt_is_scored_only_for_an_echo_with_logprobs(
+    client: httpx.AsyncClient, world: World, echo: bool | None, logprobs: int | None
+) -> None:
+    """Scores cost more than a prompt. The text of prompts given as tokens is asked of the model's worker."""
+    await whole(client, prompt=[[5, 6], [7]], echo=echo, logprobs=logprobs)
+    for asked in world.engine.requests:
+        wanted = (logprobs if echo else None, bool(echo))
+        assert (asked.sampling.prompt_logprobs, asked.sampling.echo_tokens) == wanted
+
+
+async def test_no_token_at_all_may_be_asked_for(client: httpx.AsyncClient, world: World) -> None:
+    """The answer is the prompt's alone: OpenAI's way to score a text."""
+    world.engine.script = Script([[Delta(0, "", 0, FinishReason.LENGTH, _SCORED)]])
+    choice = (await whole(client, prompt="Hi you", echo=True, logprobs=1, max_tokens=0))["choices"][0]
+    assert world.request.sampling.max_tokens == 0
+    assert (choice["text"], choice["finish_reason"]) == ("Hi you", "length")
+    assert choice["logprobs"] == {name: values[:2] for name, values in _PROMPT_AND_ANSWER.items()}
 
 
 def test_a_client_who_leaves_closes_every_prompt(running: Running) -> None:

@@ -177,6 +177,24 @@ def test_log_probabilities_have_the_shape_of_real_ones(wanted: int | None, expec
     assert sum(math.exp(top.logprob) for top in chosen.top) < 1
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_a_prompt_can_be_shown_and_scored(max_tokens: int) -> None:
+    """Before the first token of each choice, or without any, as the real engine does."""
+    backend = _loaded()
+    wanted = SamplingParams(max_tokens=max_tokens, prompt_logprobs=1, logprobs=0, echo_tokens=True, n=2)
+    _ask(backend, TokenPrompt(encode("one two")), wanted)
+    _, deltas, _ = _run(backend)
+    assert len(deltas) == 2
+    for _, delta in deltas:
+        said = ["one"] * max_tokens
+        assert (delta.text, delta.token_count) == ("one two" + "".join(said), max_tokens)
+        assert delta.finish is FinishReason.LENGTH
+        assert delta.logprobs is not None
+        assert [token.token for token in delta.logprobs] == ["one", " two", *said]
+        assert [len(token.top) for token in delta.logprobs] == [0, 1, *(0 for _ in said)]
+        assert [token.logprob for token in delta.logprobs] == [0, *[-math.log(2)] * (1 + max_tokens)]
+
+
 def test_a_prompt_must_leave_room_for_one_token() -> None:
     """The refusal states both numbers; a prompt one shorter is taken and its answer clamped."""
     backend = _loaded(EchoOptions(context_length=4))

@@ -21,6 +21,7 @@ from opta_lmx.inference.worker.kv_books import KvBooks
 from opta_lmx.inference.worker.prefix_snapshots import PrefixSnapshots
 from opta_lmx.inference.worker.prefix_tree import PrefixTree
 from opta_lmx.inference.worker.processors import processors_for
+from opta_lmx.inference.worker.prompt_scores import PromptScores
 from opta_lmx.inference.worker.sampler_rows import LogitsProcessor
 from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch
 from opta_lmx.inference.worker.scheduler import LmxScheduler
@@ -139,11 +140,15 @@ class Engine:
         """Submit a request: greedy and 16 tokens unless said otherwise. ``processors`` join choice 0's own."""
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, **sampling})
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.tiny.stop_ids)
-        request = Prepared(id, str(id), list(tokens), params.max_tokens or 1, params, None, tuple(boundaries))
+        assert params.max_tokens is not None
+        request = Prepared(id, str(id), list(tokens), params.max_tokens, params, None, tuple(boundaries))
+        scores = None
+        if params.prompt_logprobs is not None:
+            scores = PromptScores(self.tiny.table, list(tokens), params.prompt_logprobs)
         sequences = []
         for choice in range(params.n):
             own = [*processors_for(params, tokens, stop_ids), *(processors if choice == 0 else ())]
-            sequences.append(Sequence(request, choice, self.tiny.table, stop_ids, own))
+            sequences.append(Sequence(request, choice, self.tiny.table, stop_ids, own, scores))
             self.answers[id, choice] = Answer(sequences[-1].tokens)
         self.scheduler.submit(request, sequences)
 

@@ -29,27 +29,34 @@ class TextHead:
     """What an answer says beside the model's words; ``created`` in seconds since 1970.
 
     ``echoes`` holds, for each choice, the text that precedes the model's: its prompt where that is echoed, else "".
+    ``scored``: the prompt's tokens precede the model's among the log-probabilities.
     """
 
     id: str
     created: int
     echoes: tuple[str, ...]
     logprobs: bool
+    scored: bool = False
 
 
 class _Logprobs:
     """The log-probabilities of one choice; offsets go on where the last piece of it ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, scored: bool) -> None:
+        """``scored``: the first token is the prompt's first, which has no probability."""
         self._characters = 0
+        self._unscored = 1 if scored else 0
 
     def take(self, tokens: Iterable[TokenLogprob]) -> JsonObject:
         """The wire's four lists for the next tokens."""
         tokens = list(tokens)
+        unscored = tokens[: self._unscored]
+        self._unscored -= len(unscored)
+        scored = tokens[len(unscored) :]
         return {
             "tokens": [_name(token) for token in tokens],
-            "token_logprobs": [_value(token) for token in tokens],
-            "top_logprobs": [_top(token) for token in tokens],
+            "token_logprobs": [*(None for _ in unscored), *map(_value, scored)],
+            "top_logprobs": [*(None for _ in unscored), *map(_top, scored)],
             "text_offset": [self._offset(token.raw) for token in tokens],
         }
 
@@ -95,7 +102,7 @@ class TextAnswer:
             CompletionChoice(
                 index=index,
                 text="".join(texts),
-                logprobs=CompletionLogprobs.model_validate(_Logprobs().take(logprobs)) if self._head.logprobs else None,
+                logprobs=self._told(logprobs) if self._head.logprobs else None,
                 finish_reason=_FINISH[finish],
             )
             for index, (texts, logprobs, finish) in enumerate(
@@ -110,19 +117,24 @@ class TextAnswer:
             usage=_usage(self._generation, self._completion_tokens),
         )
 
+    def _told(self, logprobs: list[TokenLogprob]) -> CompletionLogprobs:
+        return CompletionLogprobs.model_validate(_Logprobs(scored=self._head.scored).take(logprobs))
+
 
 class TextChunks:
     """Writes a generation as the events of a streamed text completion: an ``sse.EventWriter``.
 
-    Echoed prompts first; then, for each look at the generation, one chunk for each choice that has text or has ended;
-    at the end the usage chunk if asked for, and [DONE].
+    Echoed prompts first, unless their scores are still to come; then, for each look at the generation, one chunk for
+    each choice that has text or has ended; at the end the usage chunk if asked for, and [DONE].
     """
 
     def __init__(self, head: TextHead, generation: Generation, *, include_usage: bool) -> None:
         self._head = head
         self._generation = generation
         self._include_usage = include_usage
-        self._logprobs = [_Logprobs() for _ in head.echoes]
+        self._logprobs = [_Logprobs(scored=head.scored) for _ in head.echoes]
+        # Of choices that have not begun: a prompt's text goes with its scores.
+        self._echoes = dict(enumerate(head.echoes)) if head.scored else {}
         self._completion_tokens = 0
         # What all chunks have in common.
         self._common: JsonObject = {
@@ -136,7 +148,9 @@ class TextChunks:
         self._after = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
     def begin(self) -> bytes:
-        """The echoed prompts."""
+        """The echoed prompts that nothing has to wait for."""
+        if self._echoes:
+            return b""
         return b"".join(self._chunk(index, _Piece(echo)) for index, echo in enumerate(self._head.echoes) if echo)
 
     def write(self, deltas: Sequence[Delta]) -> bytes:
@@ -144,7 +158,7 @@ class TextChunks:
         pieces: dict[int, _Piece] = {}
         for delta in deltas:
             piece = pieces.setdefault(delta.choice, _Piece())
-            piece.text += delta.text
+            piece.text += self._echoes.pop(delta.choice, "") + delta.text
             piece.logprobs += delta.logprobs or ()
             piece.finish = delta.finish or piece.finish
             self._completion_tokens += delta.token_count

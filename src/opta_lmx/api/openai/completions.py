@@ -65,6 +65,7 @@ async def create_completion(request: Request) -> Response:
         created=int(request.app.state.wall()),
         echoes=tuple(_echo(completion, wanted.prompt) for wanted in (first, *others) for _ in range(first.sampling.n)),
         logprobs=completion.logprobs is not None,
+        scored=bool(completion.echo) and completion.logprobs is not None,
     )
     writer = partial(TextChunks, head, include_usage=_include_usage(completion))
     together = joining(services.engine, others, services.config.scheduling.max_running)
@@ -114,8 +115,8 @@ def to_generate_requests(
         prompts = read_inputs(completion.prompt, "prompt")
     if preset is not None:
         completion = filled_from(preset, completion)
-    _refuse_unsupported(completion, prompts)
-    sampling = _sampling(completion)
+    _refuse_unsupported(completion)
+    sampling = _sampling(completion, in_tokens=not isinstance(prompts[0], TextPrompt))
     return [
         GenerateRequest(
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{place}",
@@ -129,33 +130,25 @@ def to_generate_requests(
     ]
 
 
-def _refuse_unsupported(completion: CompletionRequest, prompts: Sequence[Prompt]) -> None:
-    """What is understood but not served: filling in the middle, choosing among more, and scores of the prompt."""
+def _refuse_unsupported(completion: CompletionRequest) -> None:
+    """What is understood but not served: filling in the middle, and choosing among more."""
     if completion.suffix:
         raise UnsupportedParameter("Filling in before a 'suffix' is not supported.", param="suffix")
     if completion.best_of is not None and completion.best_of != (completion.n or 1):
         raise UnsupportedParameter("'best_of' is only supported where it equals 'n'.", param="best_of")
-    if completion.echo:
-        if completion.logprobs is not None:
-            raise UnsupportedParameter(
-                "'echo' with 'logprobs' is not supported: tokens of the prompt are not scored.", param="echo"
-            )
-        if not all(isinstance(prompt, TextPrompt) for prompt in prompts):
-            raise UnsupportedParameter("'echo' is only supported for prompts given as text.", param="echo")
-    if completion.max_tokens == 0:
-        if completion.echo:
-            raise UnsupportedParameter("'max_tokens' 0 is not supported: the prompt is not scored.", param="max_tokens")
-        raise InvalidRequest(
-            "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1, but got 0 instead.",
-            param="max_tokens",
-            code="integer_below_min_value",
-        )
 
 
-def _sampling(completion: CompletionRequest) -> SamplingParams:
+def _sampling(completion: CompletionRequest, *, in_tokens: bool) -> SamplingParams:
+    """``in_tokens``: the prompts were given as token ids, so only the model's worker knows their text."""
     max_tokens = _DEFAULT_MAX_TOKENS if completion.max_tokens is None else completion.max_tokens
     bound = None if max_tokens == _NO_LIMIT else max_tokens
-    return to_sampling(completion, max_tokens=bound, logprobs=completion.logprobs)
+    return to_sampling(
+        completion,
+        max_tokens=bound,
+        logprobs=completion.logprobs,
+        prompt_logprobs=completion.logprobs if completion.echo else None,
+        echo_tokens=bool(completion.echo) and in_tokens,
+    )
 
 
 def _echo(completion: CompletionRequest, prompt: Prompt | EncodedPrompt) -> str:

@@ -168,11 +168,14 @@ class CompletionRequest(Wire):
 
 
 class CompletionLogprobs(Wire):
-    """One entry for each token of the choice; ``text_offset`` counts characters from the start of its text."""
+    """One entry for each token of the choice; ``text_offset`` counts characters from the start of its text.
+
+    With ``echo`` the prompt's tokens come first, the very first without a probability: nothing precedes it.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -10,6 +10,7 @@ from opta_lmx.inference.worker.kv_books import KvBooks
 from opta_lmx.inference.worker.prefill import ChunkPolicy, Prefill, PrefillQueue
 from opta_lmx.inference.worker.prefix_snapshots import PrefixSnapshots
 from opta_lmx.inference.worker.prefix_tree import PrefixTree
+from opta_lmx.inference.worker.prompt_scores import PromptScores
 from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch
 from opta_lmx.inference.worker.sequence import Sequence
 from opta_lmx.types import CacheReport, LoadOptions
@@ -38,7 +39,13 @@ class BatchDecoder:
         on_end = self._keep_answer if prefixes is not None else None
         self.batch = DecodeBatch(model, launch, on_end)
         policy = ChunkPolicy(options.prefill_chunk_tokens, options.stall_bound_seconds)
-        self.prefills = PrefillQueue(model, policy, self._keep_prompt, in_groups=books.shape.plain)
+        self.prefills = PrefillQueue(
+            model,
+            policy,
+            self._keep_prompt,
+            in_groups=books.shape.plain,
+            most_scored=PromptScores.most_tokens(books.shape.vocab_size),
+        )
         self._books = books
         self._prefixes = prefixes
         self._reloaded = options.reloaded
@@ -49,10 +56,15 @@ class BatchDecoder:
 
     def insert(self, prepared: Prepared, sequences: list[Sequence]) -> CacheReport:
         """Take a request in, with what the prefix cache has of its prompt; the choices share one prefill."""
-        cache, report = self._known(prepared.token_ids)
+        scores = sequences[0].prompt_scores
+        if scores is None:
+            cache, report = self._known(prepared.token_ids)
+        else:
+            cache, report = self._books.shape.new_cache(), CacheReport(cause="scored")
         exact = self._prefixes is not None and self._prefixes.exact_positions_only
         boundaries = list(prepared.boundaries) if exact else []
-        self.prefills.add(Prefill(sequences, prepared.token_ids, cache, done=report.hit_tokens, boundaries=boundaries))
+        prefill = Prefill(sequences, prepared.token_ids, cache, report.hit_tokens, boundaries, scores)
+        self.prefills.add(prefill)
         return report
 
     def resume(self, sequence: Sequence) -> None:
@@ -96,7 +108,7 @@ class BatchDecoder:
 
     def should_wait(self, prepared: Prepared) -> bool:
         """True if a prompt under way will soon leave in the prefix cache what this one would compute again."""
-        if self._prefixes is None:
+        if self._prefixes is None or prepared.sampling.prompt_logprobs is not None:
             return False
         tokens = prepared.token_ids[:-1]
         shared = self.prefills.longest_shared(tokens, prepared.boundaries, self._prefixes.exact_positions_only)
@@ -112,14 +124,19 @@ class BatchDecoder:
         """Nothing is held beyond the caches, which go with the object."""
 
     def next(self) -> list[Sequence]:
-        """One chunk of prefill, then one decode step; the sequences that made a token."""
+        """One chunk of prefill, then one decode step; the sequences that made a token, or were to make none."""
+        ended: list[Sequence] = []
         for prefill in self.prefills.step(decoding=len(self.batch) > 0):
             if self._prefixes is not None and not self._prefixes.exact_positions_only:
                 self._to_keep.append(prefill)
             for sequence in prefill.sequences:
-                self.batch.join(sequence, prefill.cache, prefill.tokens[-1])
+                if sequence.request.max_tokens:
+                    self.batch.join(sequence, prefill.cache, prefill.tokens[-1])
+                else:
+                    sequence.end_with_prompt()
+                    ended.append(sequence)
         self.batch.launch()
-        return self.batch.step()
+        return ended + self.batch.step()
 
     def keep_prompts(self) -> None:
         """Keep the prompts that became complete in the last step, whose first tokens are on their way by now."""

@@ -59,6 +59,11 @@ class TokenTable:
         text: str = self._backend.decode(tokens, skip_special_tokens=not self._keeps)
         return text
 
+    def literal(self, tokens: list[int]) -> str:
+        """The same with the special ones, as a prompt is shown."""
+        text: str = self._backend.decode(tokens, skip_special_tokens=False)
+        return text
+
     def _find(self, token: int) -> bytes:
         name: str | None = self._added.get(token) or self._tokenizer.convert_ids_to_tokens(token)
         if name is None:

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from opta_lmx.errors import ContextTooLong, InvalidRequest, LoadFailed, UnsupportedParameter
 from opta_lmx.inference.output.stop import StopStrings
 from opta_lmx.inference.protocol import Failed, Generate, Load, Started
@@ -71,6 +73,7 @@ class _Sequence:
     stops: StopStrings
     made: int = 0
     finished: bool = False
+    told_prompt: bool = False
 
 
 class EchoBackend:
@@ -161,7 +164,7 @@ class EchoBackend:
             if first.startswith(FAIL_WORD):
                 failing[id] = Failed(id, f"The prompt asked the echo model to fail ({FAIL_WORD}).")
             else:
-                deltas.append((id, self._make_token(sequence)))
+                deltas.append((id, self._advance(sequence)))
         self._drop(lambda sequence: sequence.finished or sequence.request.id in failing)
         return StepResult(started, deltas, list(failing.values()))
 
@@ -202,6 +205,25 @@ class EchoBackend:
     def _drop(self, ended: Callable[[_Sequence], bool]) -> None:
         self._running = [sequence for sequence in self._running if not ended(sequence)]
         self._waiting = deque(sequence for sequence in self._waiting if not ended(sequence))
+
+    def _advance(self, sequence: _Sequence) -> Delta:
+        """Its next token, and before the first what was asked for of the prompt."""
+        if sequence.request.max_tokens:
+            delta = self._make_token(sequence)
+        else:
+            sequence.finished = True
+            delta = Delta(sequence.choice, "", 0, FinishReason.LENGTH)
+        if sequence.told_prompt:
+            return delta
+        sequence.told_prompt = True
+        sampling, token_ids = sequence.request.sampling, sequence.request.token_ids
+        logprobs = delta.logprobs
+        if sampling.prompt_logprobs is not None:
+            first, *others = (_logprob(_piece(token), sampling.prompt_logprobs) for token in token_ids)
+            unscored = msgspec.structs.replace(first, logprob=0.0, top=[])
+            logprobs = [unscored, *others, *(logprobs or ())]
+        preface = decode(token_ids) if sampling.echo_tokens else ""
+        return msgspec.structs.replace(delta, text=preface + delta.text, logprobs=logprobs)
 
     def _make_token(self, sequence: _Sequence) -> Delta:
         self._tokens_made += 1

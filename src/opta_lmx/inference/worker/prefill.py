@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from opta_lmx.inference.worker.batch import Caches, row_of
+from opta_lmx.inference.worker.prompt_scores import PromptScores
 from opta_lmx.inference.worker.sequence import Sequence
 
 # Below this many tokens a chunk costs almost as much as a decode step, so smaller ones would only add work.
@@ -36,6 +37,7 @@ class Prefill:
     done: int = 0
     # Positions at which the cache should be kept for others, ascending.
     boundaries: list[int] = field(default_factory=list)
+    scores: PromptScores | None = None
 
     @property
     def target(self) -> int:
@@ -88,13 +90,18 @@ class PrefillQueue:
         clock: Callable[[], float] = time.perf_counter,
         *,
         in_groups: bool = False,
+        most_scored: int = 1,
     ) -> None:
-        """``in_groups``: all layers are plain KV caches, so that short prompts may share a forward."""
+        """``in_groups``: all layers are plain KV caches, so that short prompts may share a forward.
+
+        ``most_scored`` tokens of a prompt may be scored at a time.
+        """
         self._model = model
         self._policy = policy
         self._on_boundary = on_boundary
         self._clock = clock
         self._in_groups = in_groups
+        self._most_scored = most_scored
         self._passed_over = 0
         self._waiting: list[Prefill] = []
 
@@ -175,10 +182,10 @@ class PrefillQueue:
         cost = 0
         while prefills:
             group = prefills[:1]
-            if self._in_groups and prefills[0].remaining > 0:
+            if self._in_groups and prefills[0].remaining > 0 and prefills[0].scores is None:
                 longest = _GROUP_SPREAD * prefills[0].remaining
-                group = [prefill for prefill in prefills if 0 < prefill.remaining <= longest]
-            prefills = prefills[len(group) :]
+                group = [one for one in prefills if 0 < one.remaining <= longest and one.scores is None]
+            prefills = [prefill for prefill in prefills if prefill not in group]
             if len(group) > 1:
                 cost += self._advance_group(group)
             while group[0].remaining:
@@ -213,11 +220,15 @@ class PrefillQueue:
             prefill.boundaries.pop(0)
         if prefill.boundaries:
             end = min(end, prefill.boundaries[0])
+        if prefill.scores is not None:
+            end = min(end, prefill.done + self._most_scored)
         count = end - prefill.done
         if count > 0:
             started = self._clock()
             piece = mx.array(prefill.tokens[prefill.done : end])[None]
-            self._model(piece, cache=prefill.cache)
+            logits = self._model(piece, cache=prefill.cache)
+            if prefill.scores is not None:
+                prefill.scores.add(logits[0])
             mx.eval([layer.state for layer in prefill.cache])
             self._policy.observe(count, self._clock() - started)
             prefill.done = end

@@ -8,6 +8,7 @@ import numpy as np
 from opta_lmx.inference.output.stop import StopStrings
 from opta_lmx.inference.worker.backend import Prepared
 from opta_lmx.inference.worker.detokenizer import Detokenizer, TokenTable
+from opta_lmx.inference.worker.prompt_scores import PromptScores
 from opta_lmx.inference.worker.sampler_rows import Logits, LogitsProcessor, RowSampler
 from opta_lmx.inference.worker.sampling import NOT_A_NUMBER
 from opta_lmx.types import Delta, FinishReason, TokenLogprob
@@ -29,6 +30,7 @@ class Sequence:
         table: TokenTable,
         stop_ids: frozenset[int],
         processors: ListOf[LogitsProcessor] = (),
+        prompt_scores: PromptScores | None = None,
     ) -> None:
         params = request.sampling
         self.request = request
@@ -45,6 +47,7 @@ class Sequence:
             generator=random.Random(None if params.seed is None else (params.seed + choice) % _SEEDS),
             processors=processors,
         )
+        self.prompt_scores = prompt_scores
         self._table = table
         self._stop_ids = stop_ids
         self._detokenizer = Detokenizer(table)
@@ -52,6 +55,8 @@ class Sequence:
         self._text = ""
         self._spoken = True
         self._logprobs: list[TokenLogprob] | None = None
+        # What the first delta begins with.
+        self._preface = table.literal(request.token_ids) if params.echo_tokens else ""
 
     @property
     def length(self) -> int:
@@ -84,12 +89,19 @@ class Sequence:
             self._speak()
         return self.finish is not None
 
+    def end_with_prompt(self) -> None:
+        """The prompt was all that was wanted."""
+        self.finish = FinishReason.LENGTH
+
     def delta(self) -> Delta:
-        """What the last token added."""
+        """What the last token added; without one, what the prompt alone has to tell."""
         if not self._spoken:
             self._speak()
         logprobs, self._logprobs = self._logprobs, None
-        return Delta(self.choice, self._text, 1, self.finish, logprobs)
+        if self.prompt_scores is not None:
+            logprobs, self.prompt_scores = [*self.prompt_scores.entries, *(logprobs or ())], None
+        text, self._preface = self._preface + self._text, ""
+        return Delta(self.choice, text, 1 if self.tokens else 0, self.finish, logprobs)
 
     def _speak(self) -> None:
         self._spoken = True

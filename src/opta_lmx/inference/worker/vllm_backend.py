@@ -25,6 +25,7 @@ from opta_lmx.inference.worker.marks import Marks
 from opta_lmx.inference.worker.prefix_snapshots import PrefixSnapshots
 from opta_lmx.inference.worker.prefix_tree import PrefixTree
 from opta_lmx.inference.worker.processors import processors_for
+from opta_lmx.inference.worker.prompt_scores import PromptScores
 from opta_lmx.inference.worker.prompts import PromptReader
 from opta_lmx.inference.worker.scheduler import LmxScheduler
 from opta_lmx.inference.worker.sequence import Sequence
@@ -132,6 +133,9 @@ class VllmBackend:
         """Put a request in line for the batch."""
         sampling = request.sampling
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._stop_ids)
+        scores = None
+        if sampling.prompt_logprobs is not None:
+            scores = PromptScores(request.speech.table, request.token_ids, sampling.prompt_logprobs)
         sequences = []
         for choice in range(sampling.n):
             processors = processors_for(sampling, request.token_ids, stop_ids)
@@ -140,7 +144,7 @@ class VllmBackend:
             if sampling.thinking_budget is not None:
                 budget = request.speech.marks.budget(sampling.thinking_budget, in_reasoning=request.in_reasoning)
                 processors += [budget] if budget is not None else []
-            sequences.append(Sequence(request, choice, request.speech.table, stop_ids, processors))
+            sequences.append(Sequence(request, choice, request.speech.table, stop_ids, processors, scores))
         self._scheduler.submit(request, sequences)
 
     def cancel(self, id: int) -> None:
