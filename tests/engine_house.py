@@ -77,7 +77,7 @@ class Rooms:
     def list_available(self) -> tuple[ModelFiles, ...]:
         return tuple(map(model_files, self.listed))
 
-    async def ensure_local(self, model_id: str) -> ModelFiles:
+    async def ensure_local(self, model_id: str, admit: Callable[[ModelFiles], None]) -> ModelFiles:
         if self.missing is not None:
             raise self.missing
         return model_files(model_id, model_type=self.model_type)

@@ -222,6 +222,58 @@ def write_llama(
     return held
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a model that is written by ``write_random_llama``: its heads have 64 values, two share one key."""
+
+    hidden: int
+    feed_forward: int
+    layers: int
+
+
+def write_random_llama(path: Path, vocabulary: Vocabulary, kind: Kind, sizes: Sizes) -> None:
+    """Writes a llama of any size whose matrices all have the type; each layer has the same, to be quick.
+
+    It has rotary factors, which an import puts into config.json.
+    """
+    rng = np.random.default_rng(0)
+    hidden, wide, keys_wide = sizes.hidden, sizes.feed_forward, sizes.hidden // 2
+    keys = dimensions(vocabulary) | tokenizer_keys(vocabulary)
+    keys |= {f"llama.attention.{half}_length": 64 for half in ("key", "value")} | {"llama.rope.dimension_count": 64}
+    keys |= {"llama.attention.head_count": hidden // 64, "llama.attention.head_count_kv": hidden // 128}
+    keys |= {
+        "llama.block_count": sizes.layers,
+        "llama.embedding_length": hidden,
+        "llama.feed_forward_length": wide,
+    }
+
+    def matrix(rows: int, columns: int) -> NDArray[Any]:
+        if gguf.GGML_QUANT_SIZES[kind][0] > 1:
+            return random_blocks(kind, rows, columns, rng)
+        values: NDArray[Any] = gguf.quants.quantize(rng.normal(0, 0.1, (rows, columns)).astype(np.float32), kind)
+        return values
+
+    layer = {
+        "attn_q": matrix(hidden, hidden),
+        "attn_k": matrix(keys_wide, hidden),
+        "attn_v": matrix(keys_wide, hidden),
+        "attn_output": matrix(hidden, hidden),
+        "ffn_gate": matrix(wide, hidden),
+        "ffn_up": matrix(wide, hidden),
+        "ffn_down": matrix(hidden, wide),
+    }
+    norm = np.ones(hidden, np.float32)
+    tensors: list[tuple[str, NDArray[Any], Kind]] = [
+        ("token_embd.weight", matrix(len(vocabulary.tokens), hidden), kind),
+        ("output_norm.weight", norm, Kind.F32),
+        ("rope_freqs.weight", np.linspace(1, 2, 32, dtype=np.float32), Kind.F32),
+    ]
+    for index in range(sizes.layers):
+        tensors += [(f"blk.{index}.{name}.weight", weight, kind) for name, weight in layer.items()]
+        tensors += [(f"blk.{index}.{name}_norm.weight", norm, Kind.F32) for name in ("attn", "ffn")]
+    write_gguf(path, {name: value for name, value in keys.items() if value is not None}, tensors)
+
+
 def tokenizer_keys(vocabulary: Vocabulary) -> dict[str, Any]:
     """The header's tokenizer.ggml keys."""
     return {

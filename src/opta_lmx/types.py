@@ -198,9 +198,9 @@ class ModelFacts(msgspec.Struct, frozen=True):
 class ModelFiles:
     """A model on disk, as the catalog found it without reading a tensor.
 
-    ``weights_bytes`` is the exact sum of the tensors in the safetensors headers (0 for a GGUF not imported yet, whose
-    ``size_bytes`` then stands for it). ``layers``, ``kv_heads`` and ``head_dim`` give the KV cache's shape; None where
-    config.json does not say. ``problem`` says why it cannot be loaded.
+    ``weights_bytes`` is the exact sum of the tensors in the safetensors headers; of a GGUF not imported yet, of those
+    its import will have. ``layers``, ``kv_heads`` and ``head_dim`` give the KV cache's shape; None where config.json
+    does not say. ``problem`` says why it cannot be loaded.
     """
 
     id: str

@@ -12,7 +12,10 @@ from opta_lmx.inference.worker import gguf_blocks
 from opta_lmx.inference.worker.convert import Form, convert
 from opta_lmx.inference.worker.gguf_config import ImportRefused
 from opta_lmx.inference.worker.gguf_families import FAMILIES
+from opta_lmx.manager.catalog import describe, list_directory
 from opta_lmx.manager.gguf import inspect
+from opta_lmx.manager.gguf_size import ImportForm
+from opta_lmx.manager.memory import LoadNeed, load_need
 from tests.gguf_files import Vocabulary, byte_level_vocabulary
 
 pytestmark = pytest.mark.mlx
@@ -86,6 +89,25 @@ def test_logits_are_the_originals(name: str, kind: Kind, tmp_path: Path, vocabul
     ids = tokens(vocabulary)
     expected = logits(original(case.whole_config(len(vocabulary.tokens)), held), ids)
     np.testing.assert_allclose(logits(imported(tmp_path / "m.gguf", Form("full")), ids), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("full", [True, False])
+def test_the_need_is_known_before_the_import(name: str, full: bool, tmp_path: Path, vocabulary: Vocabulary) -> None:
+    """Weights, KV and tokenizer of each family, experts and rotary factors included, are those of its import."""
+    from tests.gguf_families import CASES, write_case
+
+    source, out = tmp_path / "model" / "m.gguf", tmp_path / "out"
+    source.parent.mkdir()
+    write_case(source, CASES[name], vocabulary, Kind.IQ4_NL)
+    form = ImportForm(6, full)
+
+    def need(directory: Path) -> LoadNeed:
+        return load_need(describe("m", directory, list_directory(directory, directory.resolve()), form), None, 0.1)
+
+    before = need(source.parent)
+    convert(source, out, Form("full" if full else "half", 6), progress=lambda done, total: None)
+    assert before == need(out)
 
 
 def test_every_family_has_a_case() -> None:

@@ -18,13 +18,18 @@ import psutil
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
+from opta_lmx.config import Config
 from opta_lmx.config_models import ModelsConfig
-from opta_lmx.errors import Conflict, LoadFailed
+from opta_lmx.errors import Conflict, LoadFailed, MemoryLimit
+from opta_lmx.inference.engine import InferenceEngine
 from opta_lmx.inference.worker.convert import STAGING_SUFFIX
 from opta_lmx.manager.gguf import GgufError
 from opta_lmx.manager.importing import GgufImporter
+from opta_lmx.manager.memory import Verdict
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.starter import StarterModel, starter_files
+from opta_lmx.types import GenerateRequest, SamplingParams, TextPrompt
+from tests.fake_workers import House
 from tests.gguf_files import byte_level_vocabulary, random_weights, write_llama
 
 # Seconds; an import of the starter takes three on two slow cores.
@@ -62,7 +67,8 @@ def staging_of(target: Path) -> Path:
 
 
 def job(source: Path, target: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "opta_lmx.inference.worker.convert", str(source), str(target)]
+    form = ["--precision", "full", "--bits", "8"]
+    command = [sys.executable, "-m", "opta_lmx.inference.worker.convert", str(source), str(target), *form]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -194,6 +200,32 @@ async def test_an_error_of_the_system_is_reported(tiny: Path, tmp_path: Path) ->
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(GgufError, match=r"File exists|Not a directory"):
         await GgufImporter().import_gguf(tiny, tmp_path / "file" / "target")
+
+
+async def test_what_cannot_fit_is_not_imported(tiny: Path) -> None:
+    """A load, and a request, of a GGUF one byte too large for the room are refused with its plan, and no job runs.
+
+    With that byte it is imported and loaded, and takes what the plan had said.
+    """
+    root = tiny.parents[2]
+    config = Config(models=ModelsConfig(models_directory=str(root), starter=False))
+    async with House(config.models) as house:
+        models = ModelManager(config.models)
+        engine = InferenceEngine(config, models, house.residency, house.clock)
+        plan = engine.plan_model("acme/tiny")
+        assert plan.verdict is Verdict.FITS
+        house.machine.others_bytes = house.machine.limit_bytes - plan.need.total_bytes + 1
+        request = GenerateRequest("r", "acme/tiny", TextPrompt("x"), SamplingParams())
+        for attempt in (engine.load_model("acme/tiny"), engine.open(request)):
+            with pytest.raises(MemoryLimit) as caught:
+                await attempt
+            assert caught.value.plan == engine.plan_model("acme/tiny").as_dict()
+            assert caught.value.need_bytes == plan.need.total_bytes
+        assert names_in(root) == {"acme"}
+        house.machine.others_bytes -= 1
+        await engine.load_model("acme/tiny")
+        assert house.shown("acme/tiny").need == plan.need
+        assert engine.plan_model("acme/tiny").need == plan.need
 
 
 # -- joining, cancelling, dying ------------------------------------------------------------------------

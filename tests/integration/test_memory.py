@@ -5,10 +5,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from gguf import GGMLQuantizationType as Kind
 
+from opta_lmx.config_models import ModelsConfig
 from opta_lmx.manager.footprint import footprint_bytes
+from opta_lmx.manager.memory import load_need
+from opta_lmx.manager.model import ModelManager
 from opta_lmx.types import EchoOptions
 from tests.footprints import HEADER, measure_all
+from tests.gguf_files import Sizes, byte_level_vocabulary, write_random_llama
 from tests.integration.conftest import RunningServer, StartServer
 
 # Of the footprint, either way.
@@ -25,6 +30,10 @@ def _build(models: Path) -> None:
     build_sized_model(models / "64mb", _HIDDEN, _LAYERS)
     build_sized_model(models / "64mb-8bit-sharded", _HIDDEN, _LAYERS, bits=8, shards=3)
     build_sized_model(models / "128mb-4bit", 2 * _HIDDEN, _LAYERS, bits=4)
+    # 17 MB of file that an import makes 73 MB of.
+    (models / "iq2-gguf").mkdir()
+    sizes = Sizes(2 * _HIDDEN, 4 * _HIDDEN, _LAYERS)
+    write_random_llama(models / "iq2-gguf" / "m.gguf", byte_level_vocabulary(), Kind.IQ2_XXS, sizes)
 
 
 @pytest.mark.mlx
@@ -32,11 +41,15 @@ def _build(models: Path) -> None:
 async def test_the_estimate_is_within_5_percent_of_the_footprint(tmp_path: Path) -> None:
     """Weights and overhead, known before a tensor is read, against a real worker's footprint once it is ready.
 
-    Plain, quantised and sharded models, the starter with its vocabulary of 49,152, and a real encoder.
+    Plain, quantised and sharded models, the starter with its vocabulary of 49,152, and a real encoder. A GGUF's is
+    known to the byte before its import, the starter's too.
     """
     _build(tmp_path)
+    models = ModelManager(ModelsConfig(models_directory=str(tmp_path)))
+    expected = {files.id: load_need(files, None, 0.1) for files in models.list_available()}
     table = await measure_all(tmp_path, serve=False)
-    assert len(table) == 6
+    assert len(table) == 7
+    assert {row.name: row.need for row in table} == expected
     assert all(abs(row.error) <= MOST_ERROR for row in table), "\n".join([HEADER, *map(str, table)])
 
 

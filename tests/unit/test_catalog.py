@@ -12,6 +12,7 @@ from safetensors.numpy import save
 
 from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import Conflict, IntegrityMismatch, LoadFailed, ModelNotFound
+from opta_lmx.manager.gguf import inspect
 from opta_lmx.manager.integrity import ModelsLock
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.starter import STARTER_ID, starter_files
@@ -316,10 +317,11 @@ def test_refresh_reads_nothing_that_did_not_change(root: Path) -> None:
 
 
 def test_a_gguf_directory_is_listed_by_its_header(root: Path) -> None:
-    """Its size stands for its weights until it is imported."""
+    """Its weights are those its import will have; here all are F32, and stay so."""
     path = put_gguf(root / "acme" / "tiny")
     files = found(root, "acme/tiny")
-    assert (files.format, files.weights_bytes, files.size_bytes) == ("gguf", 0, path.stat().st_size)
+    assert (files.format, files.size_bytes) == ("gguf", path.stat().st_size)
+    assert files.weights_bytes == sum(inspect(path).tensor_bytes.values())
     assert (files.model_type, files.layers, files.kv_heads, files.head_dim) == ("llama", 2, 2, 32)
     assert (files.context_length, files.quantization, files.problem) == (256, "F32", None)
 

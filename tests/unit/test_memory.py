@@ -83,7 +83,7 @@ def test_an_unknown_cache_shape_reserves_the_fraction(unknown: str) -> None:
 
 
 def test_a_file_whose_tensors_are_not_known_counts_with_its_size() -> None:
-    """A GGUF that has not been imported has a size but no sum of tensors."""
+    """Where there is a size but no sum of tensors, the need is not without weights."""
     files = model_files("a", weights_bytes=0, size_bytes=98_362_432)
     assert load_need(files, None, 0.0).total_bytes == 98_362_432 + WORKER_OVERHEAD_BYTES
 

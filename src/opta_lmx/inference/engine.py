@@ -31,7 +31,7 @@ from opta_lmx.inference.quarantine import Quarantine
 from opta_lmx.inference.worker_client import WorkerClient
 from opta_lmx.inference.worker_stream import WorkerStream
 from opta_lmx.manager.catalog import is_encoder
-from opta_lmx.manager.memory import LoadPlan
+from opta_lmx.manager.memory import LoadPlan, Verdict
 from opta_lmx.manager.model import ModelManager
 from opta_lmx.manager.residency import Lease, LoadResult, Residency, UnloadResult
 from opta_lmx.monitoring.logging import get_logger
@@ -160,12 +160,11 @@ class InferenceEngine:
 
     async def load_model(self, name: str) -> LoadResult:
         """Have a model in memory; joins a load in flight. Raises as a request for it would."""
-        files = await self._models.ensure_local(self._admit_name(name))
-        return await self._residency.load(files)
+        return await self._residency.load(await self._local_files(self._admit_name(name)))
 
     async def revive_model(self, model_id: str) -> LoadResult:
         """Have a model in memory again whose worker died; as a request would, so the count of its deaths goes on."""
-        return await self._residency.load(await self._models.ensure_local(self._admit_name(model_id)), forgive=False)
+        return await self._residency.load(await self._local_files(self._admit_name(model_id)), forgive=False)
 
     async def unload_model(self, name: str) -> UnloadResult:
         """End a model's process once its requests have ended. Raises Conflict if it is not loaded."""
@@ -178,6 +177,16 @@ class InferenceEngine:
     def plan_model(self, name: str, context_length: int | None = None) -> LoadPlan:
         """What a load would do now; changes nothing. Raises LoadFailed for a model that cannot be loaded."""
         return self._residency.plan(self._models.look_up(self.resolve(name)), context_length)
+
+    async def _local_files(self, model_id: str) -> ModelFiles:
+        """Files that a worker can load. A GGUF that cannot fit is refused with its plan before it is imported."""
+
+        def admit(files: ModelFiles) -> None:
+            plan = self._residency.plan(files)
+            if plan.verdict is Verdict.DOES_NOT_FIT:
+                raise plan.refusal()
+
+        return await self._models.ensure_local(model_id, admit)
 
     def pin_model(self, name: str) -> str:
         """Keep a model in memory; gives its id. Raises Conflict unless it is loaded or being loaded."""
@@ -290,7 +299,7 @@ class InferenceEngine:
             held.timeline.resolved(model_id)
             held.slot = await self._admission(model_id).enter(request.caller)
             held.timeline.admitted()
-            files = await self._models.ensure_local(model_id)
+            files = await self._local_files(model_id)
             _check_task(files, encoder=encoder)
             start = partial(self._start, request, files, held, attempt)
             quarantine = self._quarantines[model_id]

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from opta_lmx.manager.gguf import GgufError, inspect
+from opta_lmx.manager.gguf_size import ImportForm, imported_bytes
 from opta_lmx.manager.safetensors import SafetensorsError, read_facts
 from opta_lmx.types import EchoOptions, JsonObject, ModelFiles
 
@@ -123,8 +124,8 @@ class _Problem(Exception):
     """Why a model cannot be loaded; becomes ``ModelFiles.problem``."""
 
 
-def describe(model_id: str, directory: Path, listing: Listing) -> ModelFiles:
-    """The model in ``directory``. Raises OSError only if the directory itself has gone."""
+def describe(model_id: str, directory: Path, listing: Listing, form: ImportForm) -> ModelFiles:
+    """The model in ``directory``; a GGUF as its import will have ``form``. Raises OSError only if it has gone."""
     size = sum(status.st_size for status in listing.files.values())
     files = _blank(model_id, directory, size, directory.stat())
     try:
@@ -138,7 +139,7 @@ def describe(model_id: str, directory: Path, listing: Listing) -> ModelFiles:
         if len(listing.ggufs) > 1:
             raise _Problem(f"it holds {len(listing.ggufs)} GGUF files; keep one")
         if listing.ggufs:
-            return _with_gguf(files, directory / listing.ggufs[0])
+            return _with_gguf(files, directory / listing.ggufs[0], form)
         return _with_config(files, directory, listing.files)
     except _Problem as problem:
         return replace(files, problem=str(problem))
@@ -146,10 +147,10 @@ def describe(model_id: str, directory: Path, listing: Listing) -> ModelFiles:
         return replace(files, problem=f"it cannot be read ({error.strerror})")
 
 
-def describe_gguf(model_id: str, path: Path) -> ModelFiles:
+def describe_gguf(model_id: str, path: Path, form: ImportForm) -> ModelFiles:
     """The model in a GGUF file that lies elsewhere. Raises OSError if it has gone."""
     status = path.stat()
-    return _with_gguf(_blank(model_id, path, status.st_size, status), path)
+    return _with_gguf(_blank(model_id, path, status.st_size, status), path, form)
 
 
 def is_encoder(files: ModelFiles) -> bool:
@@ -174,7 +175,7 @@ def _blank(model_id: str, path: Path, size_bytes: int, status: os.stat_result) -
     )
 
 
-def _with_gguf(files: ModelFiles, path: Path) -> ModelFiles:
+def _with_gguf(files: ModelFiles, path: Path, form: ImportForm) -> ModelFiles:
     files = replace(files, format="gguf")
     try:
         facts = inspect(path)
@@ -182,12 +183,14 @@ def _with_gguf(files: ModelFiles, path: Path) -> ModelFiles:
         return replace(files, problem=f"{path.name}: {error.reason}")
     return replace(
         files,
+        weights_bytes=imported_bytes(facts.tensors, form),
         model_type=facts.architecture,
         context_length=facts.context_length,
         quantization=facts.quantization,
         layers=facts.layers,
         kv_heads=facts.kv_heads,
         head_dim=facts.head_dim,
+        vocab_size=facts.vocab_size,
     )
 
 

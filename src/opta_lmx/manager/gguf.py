@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from opta_lmx.manager.gguf_size import GgufTensor
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 
@@ -64,6 +66,9 @@ _MAX_TEXT_BYTES = 4_096
 # How much is read at once; strings in arrays are stepped over inside it.
 _WINDOW_BYTES = 1024 * 1024
 
+# Has a row for each entry of the vocabulary.
+_EMBEDDING = "token_embd.weight"
+
 Scalar: TypeAlias = str | int | float | bool
 
 
@@ -86,8 +91,8 @@ class GgufFacts:
     kv_heads: int | None
     head_dim: int | None
     tokenizer: str
-    tensor_count: int
-    tensor_types: Mapping[str, int]
+    vocab_size: int | None
+    tensors: tuple[GgufTensor, ...]
     tensor_bytes: Mapping[str, int]
 
     @property
@@ -110,8 +115,8 @@ def inspect(path: Path) -> GgufFacts:
         key_count = _bounded(window.number("Q"), MAX_KEYS, "keys")
         values = _read_values(window, key_count)
         _check_importable(values)
-        types, sizes = _read_tensors(window, tensor_count, values)
-    return _facts(values, types, sizes)
+        tensors, sizes = _read_tensors(window, tensor_count, values)
+    return _facts(values, tensors, sizes)
 
 
 class _Window:
@@ -253,14 +258,16 @@ def _check_importable(values: Mapping[str, Scalar]) -> None:
         raise GgufError(f"the pre-tokenizer {splitter!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}")
 
 
-def _read_tensors(window: _Window, count: int, values: Mapping[str, Scalar]) -> tuple[dict[str, int], dict[str, int]]:
-    """Tensors and bytes by type name, every extent checked against the file."""
+def _read_tensors(
+    window: _Window, count: int, values: Mapping[str, Scalar]
+) -> tuple[tuple[GgufTensor, ...], dict[str, int]]:
+    """The tensors, and their bytes by type name; every extent is checked against the file."""
     if not count:
         raise GgufError("it holds no tensors")
     alignment = values.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise GgufError(f"its alignment {alignment!r} is not a power of two")
-    types: dict[str, int] = {}
+    tensors: list[GgufTensor] = []
     sizes: dict[str, int] = {}
     names: set[str] = set()
     extents: list[tuple[int, int, str]] = []
@@ -272,7 +279,7 @@ def _read_tensors(window: _Window, count: int, values: Mapping[str, Scalar]) -> 
         shape = [window.number("Q") for _ in range(_bounded(window.number("I"), MAX_AXES, "axes of a tensor"))]
         kind, size = _tensor_bytes(name, window.number("I"), shape)
         extents.append((window.number("Q"), size, name))
-        types[kind] = types.get(kind, 0) + 1
+        tensors.append(GgufTensor(name, kind, tuple(shape)))
         sizes[kind] = sizes.get(kind, 0) + size
     data_start = -(-window.position // alignment) * alignment
     for offset, size, name in extents:
@@ -283,7 +290,7 @@ def _read_tensors(window: _Window, count: int, values: Mapping[str, Scalar]) -> 
             raise GgufError(f"it is truncated: {missing:,} bytes of the tensor {name!r} are missing")
     if sum(sizes.values()) > window.size - data_start:
         raise GgufError("its tensors overlap")
-    return types, sizes
+    return tuple(tensors), sizes
 
 
 def _tensor_bytes(name: str, kind: int, shape: list[int]) -> tuple[str, int]:
@@ -297,7 +304,7 @@ def _tensor_bytes(name: str, kind: int, shape: list[int]) -> tuple[str, int]:
     return label, math.prod(shape) // block * block_bytes
 
 
-def _facts(values: Mapping[str, Scalar], types: Mapping[str, int], sizes: Mapping[str, int]) -> GgufFacts:
+def _facts(values: Mapping[str, Scalar], tensors: tuple[GgufTensor, ...], sizes: Mapping[str, int]) -> GgufFacts:
     architecture = str(values["general.architecture"])
     name = values.get("general.name")
 
@@ -314,7 +321,7 @@ def _facts(values: Mapping[str, Scalar], types: Mapping[str, int], sizes: Mappin
         kv_heads=number("attention.head_count_kv") or heads,
         head_dim=number("attention.key_length") or (width // heads if width and heads else None),
         tokenizer=str(values["tokenizer.ggml.model"]),
-        tensor_count=sum(types.values()),
-        tensor_types=dict(types),
+        vocab_size=next((tensor.shape[-1] for tensor in tensors if tensor.name == _EMBEDDING), None),
+        tensors=tensors,
         tensor_bytes=dict(sizes),
     )

@@ -20,6 +20,7 @@ from anyio import to_thread
 
 from opta_lmx.errors import LmxError
 from opta_lmx.manager.gguf import GgufError, inspect
+from opta_lmx.manager.gguf_size import ImportForm
 from opta_lmx.monitoring.logging import get_logger
 
 _log = get_logger(__name__)
@@ -60,11 +61,16 @@ class GgufImporter:
     """Runs at most one job for each target; callers that come meanwhile share its outcome.
 
     A job reports every 2 million values; a machine that needs longer than ``stall_seconds`` for so few is not
-    working. ``bits`` is for the block types that MLX cannot hold as they are.
+    working.
     """
 
-    def __init__(self, bits: int = 8, now: Callable[[], float] = time.monotonic, stall_seconds: float = 300.0) -> None:
-        self._bits = bits
+    def __init__(
+        self,
+        form: ImportForm | None = None,
+        now: Callable[[], float] = time.monotonic,
+        stall_seconds: float = 300.0,
+    ) -> None:
+        self._form = form or ImportForm()
         self._now = now
         self._stall_seconds = stall_seconds
         self._jobs: dict[Path, _Job] = {}
@@ -109,7 +115,7 @@ class GgufImporter:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-m", "opta_lmx.inference.worker.convert", os.fspath(source), os.fspath(target)),
-            *("--bits", str(self._bits)),
+            *("--precision", "full" if self._form.full else "half", "--bits", str(self._form.bits)),
             # The write end closes with this process, which ends the job.
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

@@ -195,7 +195,7 @@ def load_need(
 ) -> LoadNeed:
     """What loading ``files`` takes, before a tensor is read.
 
-    Weights are the exact sum of the tensors (the file's size for a GGUF not imported yet). KV is set aside for one
+    Weights are the exact sum of the tensors, of a GGUF not imported yet those of its import. KV is set aside for one
     sequence of ``context_length`` tokens (the model's own where None) but for at most ``kv_reserve_fraction`` of the
     weights: a 128k context would otherwise cost as much as the model and refuse what serves everyday prompts well.
     A small model gets SMALL_KV_BYTES of it in any case. Where the cache's shape or the context is unknown, it is that

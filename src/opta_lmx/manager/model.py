@@ -7,7 +7,7 @@ imported when it is first needed, the starter to ``<models_directory>/<id>``, ev
 
 import difflib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from opta_lmx.config_models import ModelsConfig
 from opta_lmx.errors import Conflict, IntegrityMismatch, LoadFailed, ModelNotFound
 from opta_lmx.manager.catalog import Listing, describe, describe_gguf, list_directory
 from opta_lmx.manager.gguf import GgufError
+from opta_lmx.manager.gguf_size import ImportForm
 from opta_lmx.manager.importing import IMPORT_VERSION, STAGING_SUFFIX, GgufImporter, ImportProgress, discard
 from opta_lmx.manager.integrity import FileCheck, ModelsLock
 from opta_lmx.manager.starter import ENCODER_ID, StarterModel, encoder_directory, starter_files
@@ -46,8 +47,8 @@ class ModelManager:
         self._root = config.directory
         self._starter = starter_files(config)
         self._encoder = encoder_directory(config)
-        self._importer = GgufImporter(config.gguf_import_bits)
-        self._import_bits = config.gguf_import_bits
+        self._form = ImportForm(config.gguf_import_bits)
+        self._importer = GgufImporter(self._form)
         self._lock = ModelsLock(self._root)
         self._models: dict[str, ModelFiles] = {}
         self._origins: dict[str, _Origin] = {}
@@ -119,15 +120,19 @@ class ModelManager:
         self.refresh()
         return freed
 
-    async def ensure_local(self, model_id: str) -> ModelFiles:
+    async def ensure_local(self, model_id: str, admit: Callable[[ModelFiles], None] = lambda files: None) -> ModelFiles:
         """Files that a worker can load, checked against models.lock; imports a GGUF first.
 
-        Raises ModelNotFound; LoadFailed with the model's problem or its import's; IntegrityMismatch. Looks at sizes
-        and times only where nothing was touched since the last hash, so it may be asked for every request.
+        ``admit`` is asked before an import, with what its header tells, and may raise: minutes of work and gigabytes
+        of disk are not spent on what cannot be loaded. Raises ModelNotFound; LoadFailed with the model's problem or
+        its import's; IntegrityMismatch. Looks at sizes and times only where nothing was touched since the last hash,
+        so it may be asked for every request.
         """
         files = self._usable(model_id)
         origin = self._origins.get(model_id)
         if origin is not None:
+            if not self._is_imported(model_id, origin):
+                admit(files)
             files = await self._imported(model_id, origin)
         if self._lock.find(model_id) is None:
             return files
@@ -194,7 +199,7 @@ class ModelManager:
     def _origin(self, directory: Path, listing: Listing, target: Path) -> _Origin:
         name = listing.ggufs[0]
         status = listing.files[name]
-        source = f"{status.st_size}-{status.st_mtime_ns} bits-{self._import_bits}"
+        source = f"{status.st_size}-{status.st_mtime_ns} bits-{self._form.bits}"
         return _Origin(directory / name, target, _revision(source))
 
     def _directories(self) -> Iterator[tuple[str, Path, Listing]]:
@@ -214,7 +219,7 @@ class ModelManager:
         known = self._described.get(directory)
         if known is not None and known[0] == listing.fingerprint:
             return known[1]
-        files = describe(model_id, directory, listing)
+        files = describe(model_id, directory, listing, self._form)
         self._described[directory] = (listing.fingerprint, files)
         return files
 
@@ -233,7 +238,7 @@ class ModelManager:
                 return
         known = self._described.get(starter.gguf)
         if known is None:
-            known = self._described[starter.gguf] = (None, describe_gguf(starter.id, starter.gguf))
+            known = self._described[starter.gguf] = (None, describe_gguf(starter.id, starter.gguf, self._form))
         models[starter.id] = known[1]
         origins[starter.id] = _Origin(starter.gguf, starter.target, revision)
 

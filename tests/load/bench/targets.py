@@ -206,7 +206,8 @@ async def _lists_models(port: int) -> bool:
             status, _ = read_json(await done)
     except OSError:
         return False
-    return status == 200
+    # 401: it is up and has keys.
+    return status in (200, 401)
 
 
 def _free_port() -> int:

@@ -1,6 +1,6 @@
 """The import job: one GGUF file to one MLX model directory, in a process of its own.
 
-    python -m opta_lmx.inference.worker.convert SOURCE.gguf TARGET_DIRECTORY [--precision full|half] [--bits 4|5|6|8]
+    python -m opta_lmx.inference.worker.convert SOURCE.gguf TARGET_DIRECTORY --precision full|half --bits 4|5|6|8
 
 Run by ``manager/importing.py`` on files that ``manager/gguf.py`` has accepted. Progress goes to standard output
 as JSON lines ``{"done": n, "total": m}`` (bytes of the source's tensors); a refusal is the line
@@ -212,10 +212,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="convert", description="Import a GGUF file into an MLX model directory.")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    # MLX's CPU kernels run 16-bit floats about 30 times slower than float32 (SmolLM2-135M on two x86 cores: 0.34
-    # against 12 tokens a second); Metal runs them faster, and they halve the KV cache.
-    parser.add_argument("--precision", choices=("full", "half"), default="half" if sys.platform == "darwin" else "full")
-    parser.add_argument("--bits", type=int, choices=(4, 5, 6, 8), default=8)
+    parser.add_argument("--precision", choices=("full", "half"), required=True)
+    parser.add_argument("--bits", type=int, choices=(4, 5, 6, 8), required=True)
     options = parser.parse_args(arguments)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
