@@ -38,11 +38,19 @@ class Repo:
     breaks_after: dict[str, int] = field(default_factory=dict)
     # Path -> after so many bytes nothing comes until ``HubServer.resume`` is set.
     pauses_after: dict[str, int] = field(default_factory=dict)
+    # Path -> so many bytes at a time, and the seconds before each.
+    paces: dict[str, tuple[int, float]] = field(default_factory=dict)
+    # Commit -> the files at an earlier one; ``files`` are those at ``commit``, which main stands for.
+    older: dict[str, dict[str, bytes]] = field(default_factory=dict)
     # Answers that come before the first right one, with their headers.
     refusals: list[tuple[int, Mapping[str, str]]] = field(default_factory=list)
     ignores_range: bool = False
     # Where the bytes of large files are served; the hub itself where empty.
     storage: str = ""
+
+    def files_at(self, revision: str) -> dict[str, bytes] | None:
+        """What a branch or a commit holds; None if there is none of that name."""
+        return self.files if revision in ("main", self.commit) else self.older.get(revision)
 
 
 @dataclass
@@ -68,7 +76,7 @@ class HubServer:
                 Route("/api/models/{publisher}/{name}", self._info),
                 Route("/api/models/{publisher}/{name}/revision/{revision:path}", self._info),
                 Route("/{publisher}/{name}/resolve/{revision}/{path:path}", self._resolve),
-                Route("/storage/{publisher}/{name}/{path:path}", self._storage),
+                Route("/storage/{publisher}/{name}/{revision}/{path:path}", self._storage),
             ]
         )
 
@@ -85,7 +93,7 @@ class HubServer:
         closed = repo.private or (repo.gated and "path" in request.path_params)
         if closed and token != f"Bearer {self.token}":
             return None, PlainTextResponse("", 401 if token is None else 403, {"x-error-code": "GatedRepo"})
-        if request.path_params.get("revision", "main") not in ("main", repo.commit):
+        if repo.files_at(request.path_params.get("revision", "main")) is None:
             return None, PlainTextResponse("", 404, {"x-error-code": "RevisionNotFound"})
         return repo, None
 
@@ -94,8 +102,9 @@ class HubServer:
         if repo is None:
             assert refusal is not None
             return refusal
+        revision = request.path_params.get("revision", "main")
         siblings: list[dict[str, object]] = []
-        for path, content in repo.files.items():
+        for path, content in (repo.files_at(revision) or {}).items():
             sibling: dict[str, object] = {"rfilename": path}
             if request.query_params.get("blobs"):
                 sibling |= {"size": len(content), "blobId": git_blob_hash(content)}
@@ -103,22 +112,23 @@ class HubServer:
                     sha256 = hashlib.sha256(content).hexdigest()
                     sibling["lfs"] = {"size": len(content), "sha256": sha256, "pointerSize": 134}
             siblings.append(sibling)
-        return JSONResponse({"id": "x/y", "sha": repo.commit, "siblings": siblings, "gated": repo.gated and "manual"})
+        commit = revision if revision in repo.older else repo.commit
+        return JSONResponse({"id": "x/y", "sha": commit, "siblings": siblings, "gated": repo.gated and "manual"})
 
     async def _resolve(self, request: Request) -> Response:
         repo, refusal = self._repo(request)
         if repo is None:
             assert refusal is not None
             return refusal
-        content = repo.files[request.path_params["path"]]
         params = request.path_params
-        headers = {"x-repo-commit": repo.commit, "etag": f'"{git_blob_hash(content)}"'}
+        content = (repo.files_at(params["revision"]) or {})[params["path"]]
+        headers = {"x-repo-commit": params["revision"], "etag": f'"{git_blob_hash(content)}"'}
         if params["path"] in repo.large:
             headers |= {
                 "x-linked-etag": f'"{hashlib.sha256(content).hexdigest()}"',
                 "x-linked-size": str(len(content)),
             }
-        place = f"{repo.storage}/storage/{params['publisher']}/{params['name']}/{params['path']}"
+        place = f"{repo.storage}/storage/{params['publisher']}/{params['name']}/{params['revision']}/{params['path']}"
         return RedirectResponse(place, 302, headers)
 
     async def _storage(self, request: Request) -> Response:
@@ -126,7 +136,7 @@ class HubServer:
         self.seen.append((request.method, request.url.path, request.headers.get("range")))
         params = request.path_params
         repo, path = self.repos[f"{params['publisher']}/{params['name']}"], params["path"]
-        content = repo.forged.get(path, repo.files[path])
+        content = repo.forged[path] if path in repo.forged else (repo.files_at(params["revision"]) or {})[path]
         start, status, headers = 0, 200, {}
         wanted = request.headers.get("range")
         if wanted is not None and not repo.ignores_range:
@@ -150,8 +160,10 @@ class HubServer:
             # In a thread, because whoever sets it is in another; it is let go of when the client leaves.
             await anyio.to_thread.run_sync(self.resume.wait, abandon_on_cancel=True)
             content = content[pause:]
-        for start in range(0, len(content), 65536):
-            yield content[start : start + 65536]
+        size, seconds = repo.paces.get(path, (65536, 0))
+        for start in range(0, len(content), size):
+            await anyio.sleep(seconds)
+            yield content[start : start + size]
 
 
 @contextmanager

@@ -86,7 +86,9 @@ class Peer(asyncio.Protocol):
         self.say_bytes(b"".join(map(protocol.encode, frames)))
 
     def say_bytes(self, data: bytes) -> None:
-        self._transport.write(data)
+        """Nobody hears it once the client has hung up."""
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
     def hang_up(self) -> None:
         """The process does what it was told to do at its end."""

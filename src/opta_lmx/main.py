@@ -231,7 +231,8 @@ class Runtime:
         if configured != "auto":
             return configured
         share = int(self.memory.limit_bytes * _PREFIX_CACHE_SHARE)
-        return min(_PREFIX_CACHE_MOST_BYTES, share, _PREFIX_CACHE_LEAST_BYTES + files.size_bytes)
+        weights = files.weights_bytes or files.size_bytes
+        return min(_PREFIX_CACHE_MOST_BYTES, share, _PREFIX_CACHE_LEAST_BYTES + weights)
 
 
 class Server(uvicorn.Server):
@@ -304,7 +305,8 @@ class Server(uvicorn.Server):
             await engine.idle()
         # Whatever still runs ends with the error of a lost worker, not with a connection cut by uvicorn.
         await self._runtime.residency.close()
-        # Readers of changes would keep the server waiting for them.
+        # Followers of downloads, and readers of changes, would keep the server waiting for them.
+        await self._runtime.downloads.close()
         self._runtime.changes.close()
         self.should_exit = True
 

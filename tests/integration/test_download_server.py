@@ -3,9 +3,11 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 
@@ -101,18 +103,91 @@ def test_a_killed_server_takes_its_download_along_and_the_next_one_resumes(
 
 
 def test_a_stopping_server_ends_its_downloads(server: StartServer, hub: HubServer, root: Path) -> None:
-    """SIGTERM in the middle of a file, with somebody following: the server ends well, its child with it."""
+    """SIGTERM in the middle of a file, with somebody following: the server ends soon and well, its child with it.
+
+    Nothing of it can be loaded then, and the next server downloads the rest alone.
+    """
     hub.repos[REPO].pauses_after[WEIGHTS] = 100_000
     running = start(server, hub, root)
     with running.client() as client:
         started = client.post("/admin/models/download", json={"repo_id": REPO}).json()
         with client.stream("GET", f"/admin/models/download/{started['download_id']}/progress") as events:
-            next(events.iter_lines())
-            assert hub.paused.wait(10)
-            running.stop()
+            lines = (json.loads(line.removeprefix("data: ")) for line in events.iter_lines() if line)
+            assert any(download["done_bytes"] > 100_000 for download in lines)
+            stop_soon(running)
+    hub.repos[REPO].pauses_after.clear()
+    second = start(server, hub, root)
+    with second.client() as client:
+        assert client.get("/admin/models/available").json() == {"models": []}
+        assert client.post("/v1/chat/completions", json=CHAT).status_code == 404
+    assert main(["pull", REPO, "--url", second.url]) == ExitCode.DONE
+    assert hub.ranges(WEIGHTS) == [None, "bytes=100000-"]
+
+
+def stop_soon(running: RunningServer) -> None:
+    """SIGTERM: exit code 0 within seconds, though the setting grants running requests half a minute."""
+    before = time.monotonic()
+    running.stop()
+    assert time.monotonic() - before < 5
     assert running.process.returncode == 0
     assert "Traceback" not in running.log.read_text()
-    assert not (root / REPO).exists()
+
+
+def test_a_stopping_server_does_not_wait_for_a_hub(server: StartServer, hub: HubServer, root: Path) -> None:
+    """SIGTERM while somebody waits for a download to begin, because the hub wants to be asked again later."""
+    hub.repos[REPO].refusals = [(429, {"retry-after": "50"})]
+    running = start(server, hub, root)
+    outcome: list[int | str] = []
+
+    def ask() -> None:
+        with running.client() as client:
+            try:
+                outcome.append(client.post("/admin/models/download", json={"repo_id": REPO}).status_code)
+            except httpx.TransportError as error:
+                outcome.append(type(error).__name__)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    wait_until(lambda: not hub.repos[REPO].refusals)
+    stop_soon(running)
+    asker.join(10)
+    assert outcome == [503]
+    assert list(root.iterdir()) == []
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Returns as soon as it holds; fails if that takes long."""
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_bit_that_flips_in_a_model_that_is_here(
+    server: StartServer, hub: HubServer, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next load of it is refused with both hashes, ``verify`` names the file; put right, it loads again."""
+    running = start(server, hub, root)
+    assert main(["pull", REPO, "--url", running.url]) == ExitCode.DONE
+    with running.client() as client:
+        assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+        client.post("/admin/models/unload", json={"model_id": REPO}).raise_for_status()
+        forged = bytes([CONTENT[0] ^ 1]) + CONTENT[1:]
+        (root / REPO / WEIGHTS).write_bytes(forged)
+        hashes = [hashlib.sha256(content).hexdigest() for content in (CONTENT, forged)]
+        for route, body in (("/v1/chat/completions", CHAT), ("/admin/models/load", {"model_id": REPO})):
+            response = client.post(route, json=body)
+            error = response.json()["error"]
+            assert (response.status_code, error["code"]) == (422, "integrity_mismatch")
+            assert all(digest in error["message"] for digest in hashes)
+        assert client.get("/admin/models").json() == {"models": []}
+        capsys.readouterr()
+        assert main(["verify", REPO, "--url", running.url]) == ExitCode.REFUSED
+        [row] = [line.split() for line in capsys.readouterr().out.splitlines() if WEIGHTS in line]
+        assert row[:3] == [REPO, WEIGHTS, "different"]
+        (root / REPO / WEIGHTS).write_bytes(CONTENT)
+        assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+    assert main(["verify", REPO, "--url", running.url]) == ExitCode.DONE
 
 
 def test_cancel_and_a_leaving_follower(server: StartServer, hub: HubServer, root: Path) -> None:

@@ -288,11 +288,8 @@ class WorkerClient(asyncio.Protocol):
             self._send(protocol.KvGrant(self._decide_kv(frame.bytes)))
         elif isinstance(frame, protocol.Hello):
             self._greet(frame)
-        elif isinstance(frame, protocol.Ready):
-            self._facts = frame.facts
-            self._loaded.set_result(None)
-        elif isinstance(frame, protocol.LoadError):
-            self._loaded.set_exception(LoadFailed(self.model_id, frame.reason))
+        elif isinstance(frame, protocol.Ready | protocol.LoadError):
+            self._finish_load(frame)
         elif isinstance(frame, protocol.Embedded | protocol.Ranked):
             if (reply := self._replies.get(frame.id)) is not None:
                 reply.finish(frame)
@@ -302,7 +299,18 @@ class WorkerClient(asyncio.Protocol):
     def _greet(self, frame: protocol.Hello) -> None:
         if frame.version != protocol.VERSION:
             raise protocol.ProtocolError(f"the worker speaks version {frame.version}, not {protocol.VERSION}")
+        if self._hello.done():
+            raise protocol.ProtocolError("the worker greets again")
         self._hello.set_result(None)
+
+    def _finish_load(self, frame: protocol.Ready | protocol.LoadError) -> None:
+        if self._loaded.done():
+            raise protocol.ProtocolError("the worker tells again what became of its load")
+        if isinstance(frame, protocol.Ready):
+            self._facts = frame.facts
+            self._loaded.set_result(None)
+        else:
+            self._loaded.set_exception(LoadFailed(self.model_id, frame.reason))
 
     def _answer(self, frame: protocol.Started | protocol.Refused | protocol.Failed) -> None:
         stream = self._streams.get(frame.id)

@@ -38,6 +38,7 @@ from opta_lmx.manager.hub import (
 from opta_lmx.manager.hub_token import find_token
 from opta_lmx.manager.integrity import ModelRecord, ModelsLock
 from opta_lmx.manager.model import ModelManager
+from opta_lmx.manager.processes import draining
 from opta_lmx.monitoring.logging import get_logger
 from opta_lmx.types import TaskStarter
 
@@ -89,6 +90,7 @@ class DownloadManager:
         self._on_change = on_change
         self._jobs: dict[str, Job] = {}
         self._slots = anyio.Semaphore(config.max_parallel)
+        self._closing = False
 
     def reconfigure(self, config: DownloadsConfig) -> None:
         """Take changed settings, for downloads that start from now on; ``max_parallel`` stays as it was."""
@@ -101,8 +103,10 @@ class DownloadManager:
 
         Complete at once if models.lock says that this revision is here. Refuses before the first byte: InvalidRequest,
         ModelNotFound, DiskFull, HubUnreachable, DownloadError, and Conflict if the directory is there with something
-        else in it or the repository is being downloaded in another way.
+        else in it or the repository is being downloaded in another way; Draining once ``close`` was called.
         """
+        if self._closing:
+            raise draining()
         check_wish(repo_id, revision, allow_patterns)
         patterns = tuple(allow_patterns or ())
         running = (job for job in self._jobs.values() if not job.state.is_last)
@@ -116,7 +120,8 @@ class DownloadManager:
         while job.state is DownloadState.PREPARING:
             await job.changed.wait()
         if job.plan is None:
-            raise job.error or Conflict(f"The download of {repo_id!r} was cancelled.")
+            cut_off = draining() if self._closing else Conflict(f"The download of {repo_id!r} was cancelled.")
+            raise job.error or cut_off
         return job.snapshot()
 
     def list(self) -> tuple[Download, ...]:
@@ -148,6 +153,12 @@ class DownloadManager:
         while not job.state.is_last:
             await job.changed.wait()
         return job.snapshot()
+
+    async def close(self) -> None:
+        """Ends every download as ``cancel`` does, and begins no other: the next server goes on with what is here."""
+        self._closing = True
+        for job in list(self._jobs.values()):
+            await self.cancel(job.id)
 
     async def _run(self, job: Job) -> None:
         """A download from its beginning to its one end."""

@@ -1,8 +1,10 @@
 """What a hub's refusals and broken connections mean, and how often they are borne."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 import httpx2  # the client that huggingface_hub brings and hands out
 from huggingface_hub.errors import HfHubHTTPError
@@ -60,9 +62,28 @@ def judge(response: httpx2.Response, order: Order) -> Exception:
     if status == 404:
         return ModelNotFound(order.repo_id)
     if status == 429 or status >= 500:
-        after = response.headers.get("retry-after", "")
-        return Trouble(f"it answers {status}", float(after) if after.isdecimal() else None)
+        return Trouble(f"it answers {status}", retry_after_seconds(response.headers, datetime.now(UTC)))
     return DownloadError(f"The hub answers {status}, which means nothing here.")
+
+
+def retry_after_seconds(headers: Mapping[str, str], now: datetime) -> float | None:
+    """What Retry-After asks for, as a number or a date; None where it says nothing that is understood.
+
+    A date is held against the answer's own Date, as far as there is one: a clock here that is wrong changes nothing.
+    """
+    asked = headers.get("retry-after", "").strip()
+    if asked.isdecimal():
+        return float(asked)
+    until = _date(asked)
+    return None if until is None else max(0.0, (until - (_date(headers.get("date", "")) or now)).total_seconds())
+
+
+def _date(text: str) -> datetime | None:
+    try:
+        date = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return None
+    return date if date.tzinfo is not None else date.replace(tzinfo=UTC)
 
 
 @contextmanager
