@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 import msgspec
+from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from opta_lmx.api.errors import (
@@ -64,6 +65,29 @@ def raise_open_files(connections: int) -> None:
         _log.warning("open_files_limited", limit=soft, wanted=wanted, remedy="raise ulimit -n or lower max_connections")
 
 
+class _Parser(HttpRequestParser):
+    """httptools' parser, for clients who offer to speak another protocol and mean HTTP/1.1 if nobody takes it up.
+
+    Java's HttpClient offers h2c with every first request. httptools takes any such offer for accepted: it skips the
+    body and stops.
+    """
+
+    def __init__(self, connection: "Connection") -> None:
+        super().__init__(connection)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        self._connection = connection
+
+    def feed_data(self, data: Any) -> None:
+        """Parse on; raises what httptools raises, HttpParserUpgrade only where the offer is accepted."""
+        try:
+            super().feed_data(data)
+        except HttpParserUpgrade as offer:
+            if self._connection.accepts_upgrade():
+                raise
+            [parsed] = offer.args
+            self._connection.decline_upgrade(data[parsed:])
+
+
 class Connection(HttpToolsProtocol):
     """uvicorn's protocol with a time for every phase in which the client has the word, and a size for the head.
 
@@ -80,6 +104,9 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         """``limits`` are those of the moment: read anew for each phase."""
         super().__init__(*args, **kwargs)
+        self.parser = _Parser(self)
+        # While a parser is told what it would know if it had not stopped.
+        self._reminding = False
         self._limits = limits
         self._stalled_seconds = stalled_seconds
         self._in_head = False
@@ -128,11 +155,25 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
+        if self._reminding:
+            return
         self._begin_head()
         super().on_message_begin()
 
+    def on_url(self, url: bytes) -> None:
+        """A piece of the request's target."""
+        if not self._reminding:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One field."""
+        if not self._reminding:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """The head is there; now the body, for which there is a time too."""
+        if self._reminding:
+            return
         if self._head_is_too_large():
             # Ends the parsing; what is said of it is ``send_400_response``'s.
             raise HeadTooLarge(MAX_HEAD_BYTES, MAX_HEAD_FIELDS)
@@ -141,9 +182,32 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """The server has the word."""
+        """The server has the word, unless the parser has only skipped a body that is still to come."""
+        if self.parser.should_upgrade() and not self.accepts_upgrade() and self._body_framing():
+            return
         self._stop_waiting()
         super().on_message_complete()
+
+    # -- offers of another protocol ----------------------------------------------------------------
+
+    def accepts_upgrade(self) -> bool:
+        """True for WebSocket, if the server has it."""
+        return self._should_upgrade()
+
+    def decline_upgrade(self, rest: bytes) -> None:
+        """Go on as if no offer had been made, with what followed the head."""
+        self.parser = _Parser(self)
+        if framing := self._body_framing():
+            self._reminding = True
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n\r\n")
+            self._reminding = False
+        if rest:
+            self.parser.feed_data(rest)
+
+    def _body_framing(self) -> bytes:
+        """The field that says how long the request's body is; empty if it has none."""
+        framings = [(name, value) for name, value in self.headers if name in (b"transfer-encoding", b"content-length")]
+        return next((name + b": " + value for name, value in sorted(framings, reverse=True) if value != b"0"), b"")
 
     # -- the other way -----------------------------------------------------------------------------
 
