@@ -28,36 +28,42 @@ _FRAMED: Final = {
 
 
 @pytest.mark.parametrize("framing", _FRAMED)
-@pytest.mark.parametrize("offer", _OFFERS)
 def test_the_body_of_a_request_with_an_offer_is_read(
-    server: StartServer, subtests: pytest.Subtests, offer: str, framing: str
+    server: StartServer, subtests: pytest.Subtests, framing: str
 ) -> None:
     """In whatever pieces it comes; what follows on the connection is served too, with an offer or without."""
     running = server({"a": EchoOptions()})
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost:{running.port}\r\nContent-Type: application/json\r\n"
-    offered = (head + _OFFERS[offer]).encode() + _FRAMED[framing]
     plain = head.encode() + _FRAMED[framing]
-    rng = random.Random(offer + framing)
-    for name, pieces in {
-        "at once": [offered + plain],
-        "head and body": [*_cut(offered, [offered.index(b"\r\n\r\n") + 4]), plain],
-        "byte by byte": [bytes([byte]) for byte in offered + plain],
-        "anyhow": _cut(offered + plain, sorted(rng.sample(range(1, len(offered + plain)), 9))),
-        "twice": [offered, offered],
-    }.items():
-        with subtests.test(name):
-            for answer in _exchange(running, pieces, answers=2):
-                assert answer["choices"][0]["message"]["content"] == "so it is read"
+    for offer, fields in _OFFERS.items():
+        offered = (head + fields).encode() + _FRAMED[framing]
+        for name, pieces in _ways(offered, plain, random.Random(offer + framing)).items():
+            with subtests.test(offer=offer, pieces=name):
+                for answer in _exchange(running, pieces, answers=2):
+                    assert answer["choices"][0]["message"]["content"] == "so it is read"
     assert "Unsupported upgrade" not in running.log.read_text()
 
 
-@pytest.mark.parametrize("offer", _OFFERS)
-def test_an_offer_without_a_body_is_declined(server: StartServer, offer: str) -> None:
+def test_an_offer_without_a_body_is_declined(server: StartServer, subtests: pytest.Subtests) -> None:
     """By the answer itself."""
     running = server({"a": EchoOptions()})
-    request = f"GET /v1/models HTTP/1.1\r\nHost: localhost:{running.port}\r\n{_OFFERS[offer]}\r\n".encode()
-    for answer in _exchange(running, [request, request], answers=2):
-        assert [model["id"] for model in answer["data"]] == ["a"]
+    for offer, fields in _OFFERS.items():
+        request = f"GET /v1/models HTTP/1.1\r\nHost: localhost:{running.port}\r\n{fields}\r\n".encode()
+        with subtests.test(offer):
+            for answer in _exchange(running, [request, request], answers=2):
+                assert [model["id"] for model in answer["data"]] == ["a"]
+
+
+def _ways(offered: bytes, plain: bytes, rng: random.Random) -> dict[str, list[bytes]]:
+    """Pieces in which a request with an offer may come, and another after it."""
+    both = offered + plain
+    return {
+        "at once": [both],
+        "head and body": [*_cut(offered, [offered.index(b"\r\n\r\n") + 4]), plain],
+        "byte by byte": [bytes([byte]) for byte in both],
+        "anyhow": _cut(both, sorted(rng.sample(range(1, len(both)), 9))),
+        "twice": [offered, offered],
+    }
 
 
 def _cut(data: bytes, places: Sequence[int]) -> list[bytes]:
