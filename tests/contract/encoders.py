@@ -13,19 +13,21 @@ from tests.fakes import ScriptedEngine, World, make_world
 
 
 class EncoderEngine(ScriptedEngine):
-    """Vectors of two numbers, the place of their input and a half; scores as told; or a refusal; or no end."""
+    """Vectors of two numbers or more, the place of their input and halves; scores as told; a refusal; or no end."""
 
     asked: EmbedRequest | RankRequest | None = None
     scores: tuple[float, ...] = ()
     failure: LmxError | None = None
     hangs = False
     cancelled = False
+    dimensions = 2
 
     async def embed(self, request: EmbedRequest) -> Embedded:
         """Three tokens an input."""
         await self._serve(request)
-        numbers = [number for at in range(len(request.inputs)) for number in (float(at), 0.5)]
-        return Embedded(1, struct.pack(f"<{len(numbers)}f", *numbers), 2, 3 * len(request.inputs))
+        halves = [0.5] * (self.dimensions - 1)
+        numbers = [number for at in range(len(request.inputs)) for number in (float(at), *halves)]
+        return Embedded(1, struct.pack(f"<{len(numbers)}f", *numbers), self.dimensions, 3 * len(request.inputs))
 
     async def rank(self, request: RankRequest) -> Ranked:
         """Nine tokens."""

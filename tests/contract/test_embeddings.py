@@ -55,6 +55,45 @@ async def test_base64_holds_little_endian_float32(client: httpx.AsyncClient) -> 
     assert [struct.unpack("<2f", base64.b64decode(item["embedding"])) for item in data] == [(0.0, 0.5), (1.0, 0.5)]
 
 
+@pytest.mark.parametrize("form", ["float", "base64"])
+async def test_a_large_answer_is_written_in_turns(client: httpx.AsyncClient, engine: EncoderEngine, form: str) -> None:
+    """The same JSON with its length, while others get their turns of the event loop in between."""
+    engine.dimensions = 1000
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await anyio.lowlevel.checkpoint()
+            turns += engine.asked is not None
+
+    async with anyio.create_task_group() as others:
+        others.start_soon(count)
+        response = await post(client, input=["a"] * 200, encoding_format=form)
+        others.cancel_scope.cancel()
+    assert turns > 200 * 1000 // 8192
+    assert int(response.headers["content-length"]) == len(response.content)
+    body = response.json()
+    assert [item["index"] for item in body["data"]] == list(range(200))
+    for at, item in enumerate(body["data"]):
+        vector = item["embedding"]
+        if form == "base64":
+            vector = list(struct.unpack("<1000f", base64.b64decode(vector)))
+        assert vector == [float(at), *[0.5] * 999]
+    assert body["usage"] == {"prompt_tokens": 600, "total_tokens": 600}
+
+
+async def test_a_large_request_is_read_like_a_small_one(client: httpx.AsyncClient, engine: EncoderEngine) -> None:
+    """A thousand lists of tokens; one token that is none is named by its place."""
+    tokens = [[number % 500 for number in range(100)] for _ in range(1000)]
+    assert (await post(client, input=tokens)).status_code == 200
+    assert isinstance(engine.asked, EmbedRequest)
+    assert engine.asked.inputs == tuple(map(TokenPrompt, tokens))
+    tokens[777][7] = -1
+    error = (await post(client, input=tokens)).json()["error"]
+    assert (error["param"], error["code"]) == ("input[777][7]", "invalid_value")
+
+
 @pytest.mark.parametrize(
     ("given", "inputs"),
     [

@@ -6,8 +6,8 @@ values of single fields is found next, in ``validation.py``.
 
 import json
 import re
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
 
 import msgspec
 from anyio import to_thread
@@ -37,6 +37,8 @@ _ESCAPED_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Path = tuple[str | int, ...]
 
+Result = TypeVar("Result")
+
 
 async def read_object(request: Request) -> JsonObject:
     """The JSON object in the request's body.
@@ -46,6 +48,18 @@ async def read_object(request: Request) -> JsonObject:
     """
     body = b"".join(await read_pieces(request))
     return parse_object(body) if is_quick(body) else await to_thread.run_sync(parse_object, body)
+
+
+async def understand(request: Request, work: Callable[[JsonObject], Result]) -> Result:
+    """What ``work`` makes of the object in the body; a body that is not small is left to a thread, with all that.
+
+    A thread gives the interpreter's lock back every few milliseconds, but for single calls into C: so nobody's streams
+    wait for a thousand prompts. Raises what ``read_object`` and ``work`` raise.
+    """
+    body = b"".join(await read_pieces(request))
+    if len(body) <= _QUICK_BYTES:
+        return work(parse_object(body))
+    return await to_thread.run_sync(lambda: work(parse_object(body)))
 
 
 async def read_pieces(request: Request) -> list[bytes]:

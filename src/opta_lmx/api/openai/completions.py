@@ -17,14 +17,14 @@ from opta_lmx.api.openai.joint import Join, joining
 from opta_lmx.api.openai.sampling import filled_from, to_sampling
 from opta_lmx.api.openai.wire_text import Completion, CompletionRequest, read_inputs
 from opta_lmx.api.openapi import MODEL_ERRORS, errors, event_stream, request_body
-from opta_lmx.api.parsing import read_object
+from opta_lmx.api.parsing import understand
 from opta_lmx.api.services import Services
 from opta_lmx.api.sse import EventStream, EventWriter, cache_header
 from opta_lmx.api.validation import validate
 from opta_lmx.config_models import Preset
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
 from opta_lmx.inference.engine import Generation, InferenceEngine
-from opta_lmx.types import EncodedPrompt, GenerateRequest, Prompt, SamplingParams, TextPrompt
+from opta_lmx.types import EncodedPrompt, GenerateRequest, JsonObject, Prompt, SamplingParams, TextPrompt
 
 router = APIRouter()
 
@@ -51,13 +51,9 @@ _NO_LIMIT: Final = -1
 )
 async def create_completion(request: Request) -> Response:
     """Continue a text, or several at once, whole or (`stream: true`) as server-sent events."""
-    body = await read_object(request)
-    # OpenAI answers this one case in its own words, and before it looks at anything else.
-    if not body.get("model"):
-        raise InvalidRequest("you must provide a model parameter")
-    completion = validate(CompletionRequest, body)
     services: Services = request.app.state.services
-    wanted = to_generate_requests(completion, request.state.request_id, services.engine.preset(completion.model))
+    work = partial(_understand, request.state.request_id, services.engine.preset)
+    completion, wanted = await understand(request, work)
     caller = caller_of(request)
     first, *others = (msgspec.structs.replace(one, caller=caller) for one in wanted)
     head = TextHead(
@@ -78,6 +74,16 @@ async def create_completion(request: Request) -> Response:
             answer.add(deltas)
     content = answer.completion().model_dump_json()
     return Response(content, headers=cache_header(generation.cache), media_type="application/json")
+
+
+def _understand(
+    request_id: str, preset_of: Callable[[str], Preset | None], body: JsonObject
+) -> tuple[CompletionRequest, list[GenerateRequest]]:
+    # OpenAI answers this one case in its own words, and before it looks at anything else.
+    if not body.get("model"):
+        raise InvalidRequest("you must provide a model parameter")
+    completion = validate(CompletionRequest, body)
+    return completion, to_generate_requests(completion, request_id, preset_of(completion.model))
 
 
 class _PromptStream(EventStream):
