@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from opta_lmx import __version__
 from opta_lmx.api.connection import Connection, raise_open_files
+from opta_lmx.api.large_bodies import clear_leftovers
 from opta_lmx.api.routes import build_app
 from opta_lmx.api.services import Services
 from opta_lmx.config import Config
@@ -315,6 +316,7 @@ def serve(config: Config, config_path: Path | None, reread: Callable[[], Config]
     """Run until asked to stop; 0 after a stop, 1 if a part of the server failed. ``reread`` is for reloads."""
     configure_logging(config.logging)
     raise_open_files(config.server.max_connections)
+    clear_leftovers()
     _log.info("config_read", path=str(config_path) if config_path else None)
     runtime = Runtime(config, reread)
     server = Server(runtime)
