@@ -20,4 +20,8 @@ def test_only_what_nobody_comes_back_for_is_removed(tmp_path: Path, monkeypatch:
         (tmp_path / name).mkdir()
         (tmp_path / name / "body").write_text("a prompt")
     clear_leftovers()
-    assert {path.name for path in tmp_path.iterdir()} == {f"opta-lmx-body-{os.getpid()}-x", "opta-lmx-body-x-y", "other"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"opta-lmx-body-{os.getpid()}-x",
+        "opta-lmx-body-x-y",
+        "other",
+    }
