@@ -46,6 +46,10 @@ def asked(**fields: Any) -> Structured | None:
             {"structured_outputs": {"grammar": 'start: "a"'}},
             Structured("grammar", 'start: "a"', "structured_outputs.grammar"),
         ),
+        ({"guided_json": SCHEMA}, Structured("json_schema", SCHEMA, "guided_json")),
+        ({"guided_regex": "[ab]+"}, Structured("regex", "[ab]+", "guided_regex")),
+        ({"guided_choice": ["yes", "no"]}, Structured("choice", ["yes", "no"], "guided_choice")),
+        ({"guided_grammar": 'start: "a"'}, Structured("grammar", 'start: "a"', "guided_grammar")),
     ],
 )
 def test_each_way_to_ask_for_a_form_is_one_grammar(fields: dict[str, Any], expected: Structured | None) -> None:

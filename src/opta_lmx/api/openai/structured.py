@@ -1,12 +1,13 @@
 """What a request says about the form of its answer, as one grammar.
 
-OpenAI's ``response_format``, and vLLM's ``structured_outputs`` for the forms OpenAI has no word for. Whether a schema
+OpenAI's ``response_format``, and vLLM's ``structured_outputs`` for the forms OpenAI has no word for, or its older
+``guided_json`` and the like. Whether a schema
 or a pattern can be used is found by its compiler, in the worker.
 """
 
 import msgspec
 
-from opta_lmx.api.openai.wire import ChatRequest
+from opta_lmx.api.openai.wire import ChatRequest, StructuredOutputs
 from opta_lmx.api.validation import missing
 from opta_lmx.errors import InvalidRequest
 from opta_lmx.types import Structured
@@ -36,13 +37,16 @@ def _format(chat: ChatRequest) -> Structured | None:
     return Structured("json_object") if schema is None else Structured("json_schema", schema)
 
 
-def _outputs(chat: ChatRequest) -> list[Structured | None]:
-    wanted = chat.structured_outputs
-    if wanted is None:
-        return []
-    return [
-        None if wanted.json_ is None else Structured("json_schema", wanted.json_, "structured_outputs.json"),
-        None if wanted.regex is None else Structured("regex", wanted.regex, "structured_outputs.regex"),
-        None if wanted.choice is None else Structured("choice", wanted.choice, "structured_outputs.choice"),
-        None if wanted.grammar is None else Structured("grammar", wanted.grammar, "structured_outputs.grammar"),
+def _outputs(chat: ChatRequest) -> list[Structured]:
+    new = chat.structured_outputs or StructuredOutputs()
+    forms = [
+        Structured("json_schema", new.json_, "structured_outputs.json"),
+        Structured("regex", new.regex, "structured_outputs.regex"),
+        Structured("choice", new.choice, "structured_outputs.choice"),
+        Structured("grammar", new.grammar, "structured_outputs.grammar"),
+        Structured("json_schema", chat.guided_json, "guided_json"),
+        Structured("regex", chat.guided_regex, "guided_regex"),
+        Structured("choice", chat.guided_choice, "guided_choice"),
+        Structured("grammar", chat.guided_grammar, "guided_grammar"),
     ]
+    return [form for form in forms if form.spec is not None]

@@ -181,12 +181,15 @@ class ResponseFormat(Wire):
     json_schema: JsonSchemaFormat | None = None
 
 
+Choices: TypeAlias = Annotated[list[Text], Field(min_length=1, max_length=1000)]
+
+
 class StructuredOutputs(Wire):
     """vLLM's way to ask for a form: one of a JSON Schema, a regular expression, choices, or a Lark grammar."""
 
     json_: dict[str, Any] | None = Field(default=None, alias="json")
     regex: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
+    choice: Choices | None = None
     grammar: Text | None = None
 
 
@@ -229,6 +232,10 @@ class ChatRequest(Wire):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
     thinking_budget: Count | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: (
