@@ -15,10 +15,16 @@ from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
-import structlog
-from structlog.typing import EventDict, ExcInfo, Processor
+# structlog draws tracebacks by rich where that is installed. Ours are plain, and loading it is a seventh of a start.
+_RICH_IS_THERE = sys.modules.setdefault("rich", None) is not None  # type: ignore[arg-type]
 
-from opta_lmx.errors import show_failure
+import structlog  # noqa: E402
+from structlog.typing import EventDict, ExcInfo, Processor  # noqa: E402
+
+from opta_lmx.errors import show_failure  # noqa: E402
+
+if not _RICH_IS_THERE:
+    del sys.modules["rich"]
 
 if TYPE_CHECKING:
     # A worker logs too, and need not load pydantic for it.
