@@ -14,16 +14,17 @@ from tests.integration.conftest import RunningServer
 pytestmark = [pytest.mark.mlx, pytest.mark.timeout(400)]
 
 
-@pytest.mark.parametrize("name", ["langchain", "litellm"])
+@pytest.mark.parametrize("name", ["agents", "langchain", "litellm"])
 def test_a_python_client(name: str, pythons: dict[str, Path], run_client: RunClient) -> None:
     """Every check of its script holds: chats, streams, tools, structured output, embeddings, errors, cancelling."""
     run_client([pythons[name], HERE / f"{name}_client.py"])
 
 
-def test_the_official_javascript_client(run_client: RunClient) -> None:
-    """Every check of its script holds, its helpers for streams, zod and running tools among them."""
+@pytest.mark.parametrize("name", ["openai", "ai"])
+def test_a_javascript_client(name: str, run_client: RunClient) -> None:
+    """Likewise; of the official client its helpers for streams, zod and running tools, of the AI SDK its objects."""
     # Packages are looked for beside the script.
-    script = shutil.copy(HERE / "openai_node.mjs", node_environment())
+    script = shutil.copy(HERE / f"{name}_node.mjs", node_environment())
     run_client(["node", script])
 
 

@@ -233,18 +233,19 @@ async def test_a_starter_loses_its_import_and_stays_listed(tmp_path: Path) -> No
 
 
 async def test_an_imported_gguf_is_planned_and_verified_as_it_is_loaded(tmp_path: Path) -> None:
-    """Before its import the file's size stands for the weights, and there is no record to hold it against."""
+    """Before its import the weights are those it will have, and there is no record to hold the file against."""
     async with desk(tmp_path) as lmx:
         gguf = lmx.root / "acme" / "g" / "model.gguf"
         gguf.parent.mkdir()
         vocabulary = byte_level_vocabulary()
-        write_llama(gguf, random_weights(len(vocabulary.tokens)), vocabulary)
-        assert (await lmx.post("models/plan", model_id="acme/g"))["weights_bytes"] == gguf.stat().st_size
+        held = write_llama(gguf, random_weights(len(vocabulary.tokens)), vocabulary)
+        weights = sum(weight.nbytes for weight in held.values())
+        assert (await lmx.post("models/plan", model_id="acme/g"))["weights_bytes"] == weights
         assert (await lmx.post("models/verify", model_id="acme/g"))["models"][0]["verdict"] == "unrecorded"
         imported = lmx.root / ".imported" / "acme" / "g"
         put_model(imported)
         revision = f"{gguf.stat().st_size}-{gguf.stat().st_mtime_ns} bits-8 import-{IMPORT_VERSION}"
-        ModelsLock(lmx.root).record("acme/g", imported, gguf.name, revision)
+        ModelsLock(lmx.root).record(".imported/acme/g", imported, gguf.name, revision)
         assert (await lmx.post("models/plan", model_id="acme/g"))["weights_bytes"] == 64
         verified = await lmx.post("models/verify", model_id="acme/g")
         assert [file["name"] for file in verified["models"][0]["files"]] == ["config.json", "model.safetensors"]

@@ -267,6 +267,26 @@ async def test_a_call_cut_off_is_no_call(client: httpx.AsyncClient, world: World
     assert (stream.finish_reason, stream.message) == ("length", choice["message"])
 
 
+async def test_a_forced_call_cut_off_is_a_call_all_the_same(client: httpx.AsyncClient, world: World) -> None:
+    """At whatever token: the arguments there are, never the form they are written in; streamed as whole."""
+    begins = FORCED.index(ARGUMENTS)
+    for end in range(1, len(FORCED) + 1):
+        world.engine.script = says(*pieces(FORCED[:end]), finish=FinishReason.LENGTH)
+        choice = (await whole(client, tool_choice="required", **TOOLS))["choices"][0]
+        assert choice["finish_reason"] == "length"
+        message = choice["message"]
+        calls = [call["function"] for call in message.get("tool_calls", [])]
+        if end <= begins:
+            assert (calls, message["content"]) == ([], "")
+        else:
+            cut = FORCED[begins : min(end, begins + len(ARGUMENTS))]
+            assert calls == [{"name": "get_weather", "arguments": cut}]
+            assert message["content"] is None
+        stream = assembled(await choices_of(client, tool_choice="required", **TOOLS))
+        assert (stream.finish_reason, stream.content) == ("length", "")
+        assert [call["function"] for call in stream.calls] == calls
+
+
 @pytest.mark.parametrize("fields", [{}, {**TOOLS, "tool_choice": "none"}], ids=["no tools", "none"])
 async def test_without_tools_everything_is_text(client: httpx.AsyncClient, world: World, fields: Any) -> None:
     """Who asked for no calls gets none, even if the model writes one."""

@@ -151,6 +151,22 @@ async def test_leaving_while_decoding(server: StartServer) -> None:
         await check_next_is_served(client)
 
 
+async def test_leaving_with_more_than_one_request_under_way(server: StartServer) -> None:
+    """Of requests sent behind each other, the one being answered is not the last that came; it ends all the same."""
+    running = server({"a": EchoOptions(token_seconds=0.05)}, scheduling={"max_running": 2})
+    async with connect(running) as client:
+        for streaming in (True, False):
+            body = json.dumps(chat("a", LONG, stream=streaming)).encode()
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            async with await anyio.connect_tcp("127.0.0.1", running.port) as leaver:
+                await leaver.send((head + body) * 2)
+                await until_status(client, in_state("ready", 1))
+                await leaver.send(head + body)
+            await until_all_returned(client)
+        await check_next_is_served(client)
+    assert "request_crashed" not in running.log.read_text()
+
+
 # When a visitor leaves, and how many of them there are in a run; the rest leave after a random time.
 MOMENTS = ("before the headers are sent", "in the middle of the body", "as soon as it is asked", "between chunks")
 LEAVERS = 500

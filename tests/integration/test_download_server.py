@@ -115,6 +115,7 @@ def test_a_stopping_server_ends_its_downloads(server: StartServer, hub: HubServe
             lines = (json.loads(line.removeprefix("data: ")) for line in events.iter_lines() if line)
             assert any(download["done_bytes"] > 100_000 for download in lines)
             stop_soon(running)
+            assert [download["state"] for download in lines][-1] == "cancelled"
     hub.repos[REPO].pauses_after.clear()
     second = start(server, hub, root)
     with second.client() as client:
@@ -152,7 +153,7 @@ def test_a_stopping_server_does_not_wait_for_a_hub(server: StartServer, hub: Hub
     stop_soon(running)
     asker.join(10)
     assert outcome == [503]
-    assert list(root.iterdir()) == []
+    assert [path.name for path in root.iterdir()] == [".server.lock"]
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

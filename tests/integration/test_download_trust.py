@@ -4,18 +4,22 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from gguf import GGMLQuantizationType as Kind
 
 from opta_lmx.cli import main
 from opta_lmx.cli.failure import ExitCode
 from opta_lmx.errors import Conflict, IntegrityMismatch
 from opta_lmx.manager.download_job import Download, DownloadState
+from opta_lmx.manager.integrity import ModelsLock, Verdict
 from opta_lmx.types import EchoOptions
+from tests.gguf_files import byte_level_vocabulary, random_weights, write_llama
 from tests.hub_server import HubServer
 from tests.integration.conftest import StartServer
-from tests.integration.test_downloads import REPO, WEIGHTS, Place, ended, hub, place, reached, running, tiny
+from tests.integration.test_downloads import REPO, WEIGHTS, Place, ended, hub, place, running, tiny
 
 __all__ = ["hub", "place", "running"]
 
@@ -36,8 +40,10 @@ async def paused(place: Place) -> None:
     place.hub.repos[REPO].pauses_after[WEIGHTS] = 120_000
     place.max_parallel = 4
     async with place.manager() as (downloads, _):
-        started = await downloads.start(REPO)
-        await reached(downloads, started, 120_000 + started.total_bytes - len(place.hub.repos[REPO].files[WEIGHTS]))
+        async for now in downloads.events((await downloads.start(REPO)).id):
+            begun, *_ = (file.done_bytes for file in now.files if file.path == WEIGHTS)
+            if begun >= 120_000 and all(file.verified for file in now.files if file.path != WEIGHTS):
+                break
     place.hub.repos[REPO].pauses_after.clear()
 
 
@@ -62,6 +68,66 @@ async def test_a_bit_that_flips_in_a_file_that_was_whole(place: Place) -> None:
     flip(whole)
     assert (await place.pull()).state is DownloadState.COMPLETED
     assert (place.root / REPO / "config.json").read_bytes() == place.hub.repos[REPO].files["config.json"]
+
+
+@pytest.fixture
+def gguf_place(place: Place, tmp_path: Path) -> Place:
+    """Where the repository holds a GGUF alone."""
+    vocabulary = byte_level_vocabulary()
+    write_llama(tmp_path / "m.gguf", random_weights(len(vocabulary.tokens)), vocabulary, Kind.Q4_0)
+    place.hub.repos[REPO].files = {"m.gguf": (tmp_path / "m.gguf").read_bytes()}
+    return place
+
+
+async def test_a_downloaded_gguf_has_a_record_beside_its_imports(gguf_place: Place) -> None:
+    """It is listed as verified before its import and after, ``verify`` hashes both, and it is not downloaded again."""
+    async with gguf_place.manager() as (downloads, models):
+        for imported in (False, True):
+            assert (await ended(downloads, await downloads.start(REPO, None, ["*.gguf"]))).error is None
+            models.refresh()
+            [listed] = models.list_available()
+            assert (listed.format, listed.verified) == ("gguf", True)
+            checks = {check.name: check.verdict for check in await models.verify(REPO)}
+            assert ("m.gguf" in checks, "model.safetensors" in checks) == (True, imported)
+            assert set(checks.values()) == {Verdict.VERIFIED}
+            assert (await models.ensure_local(REPO)).verified
+        models.delete(REPO)
+    assert ModelsLock(gguf_place.root).find(REPO) is None
+    assert gguf_place.left() == {"models.lock"}
+    assert len(gguf_place.hub.ranges("m.gguf")) == 1
+
+
+@pytest.mark.parametrize("imported", [False, True])
+async def test_a_bit_that_flips_in_a_gguf(gguf_place: Place, imported: bool) -> None:
+    """Before its import or after, it is not imported (again): refused with both hashes; put right, it loads."""
+    path = gguf_place.root / REPO / "m.gguf"
+    async with gguf_place.manager() as (downloads, models):
+        await ended(downloads, await downloads.start(REPO, None, ["*.gguf"]))
+        if imported:
+            await models.ensure_local(REPO)
+        right = path.read_bytes()
+        before, after = flip(path)
+        models.refresh()
+        assert [files.verified for files in models.list_available()] == [False]
+        with pytest.raises(IntegrityMismatch) as caught:
+            await models.ensure_local(REPO)
+        assert (caught.value.path, caught.value.expected, caught.value.actual) == ("m.gguf", before, after)
+        checks = {check.name: check.verdict for check in await models.verify(REPO)}
+        assert checks["m.gguf"] is Verdict.DIFFERENT
+        assert (gguf_place.root / ".imported").exists() == imported
+        path.write_bytes(right)
+        models.refresh()
+        assert (await models.ensure_local(REPO)).verified
+
+
+async def test_a_bit_that_flips_in_an_import(gguf_place: Place) -> None:
+    """What a GGUF has become is held against its own record."""
+    async with gguf_place.manager() as (downloads, models):
+        await ended(downloads, await downloads.start(REPO, None, ["*.gguf"]))
+        imported = await models.ensure_local(REPO)
+        flip(imported.path / "model.safetensors")
+        with pytest.raises(IntegrityMismatch, match=r"model\.safetensors"):
+            await models.ensure_local(REPO)
 
 
 async def test_names_that_differ_in_case_alone_are_one_directory(place: Place) -> None:
@@ -157,6 +223,32 @@ def test_events_of_a_server(server: StartServer, hub: HubServer) -> None:
         ("parrot", "absent", None),
     ]
     assert [event[1] for event in events if event[0] == REPO] == ["downloading", "completed"]
+
+
+def test_events_of_downloads_that_fail_or_are_cancelled(server: StartServer, hub: HubServer) -> None:
+    """Each has its beginning and its one end, and a failure its reason: both hashes of a forged file."""
+    content = hub.repos[REPO].files[WEIGHTS]
+    hub.repos[REPO].forged[WEIGHTS] = forged = content[:-1] + bytes([content[-1] ^ 1])
+    hub.repos["acme/two"] = tiny(pauses_after={WEIGHTS: 1000})
+    started = server({}, downloads={"endpoint": hub.url})
+    with started.client() as client, started.client() as reader, reader.stream("GET", "/admin/events") as response:
+        lines = response.iter_lines()
+
+        def event() -> dict[str, Any]:
+            data: dict[str, Any] = next(json.loads(line[6:]) for line in lines if line.startswith("data: "))
+            return data
+
+        event()
+        client.post("/admin/models/download", json={"repo_id": REPO}).raise_for_status()
+        began, failed = event(), event()
+        assert (began["repo_id"], began["state"], failed["repo_id"]) == (REPO, "downloading", REPO)
+        assert (failed["state"], failed["error"]["code"]) == ("failed", "integrity_mismatch")
+        assert all(hashlib.sha256(one).hexdigest() in failed["error"]["message"] for one in (content, forged))
+        two = client.post("/admin/models/download", json={"repo_id": "acme/two"}).json()["download_id"]
+        assert event()["state"] == "downloading"
+        client.delete(f"/admin/models/download/{two}").raise_for_status()
+        cancelled = event()
+        assert (cancelled["repo_id"], cancelled["state"]) == ("acme/two", "cancelled")
 
 
 def test_offline_everything_local_works(

@@ -7,9 +7,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import anyio
+import psutil
 import pytest
 
 from opta_lmx.config import DownloadsConfig
@@ -18,6 +21,7 @@ from opta_lmx.errors import (
     Conflict,
     DiskFull,
     DownloadError,
+    Draining,
     HubUnreachable,
     IntegrityMismatch,
     InvalidRequest,
@@ -180,9 +184,21 @@ async def test_what_is_here_is_complete_at_once(place: Place, revision: str | No
 async def test_another_revision_is_a_conflict(place: Place) -> None:
     """A model on disk is not changed under those who use it; other files of it are not mixed in either."""
     await place.pull()
-    assert isinstance(await place.refusal(REPO, None, "tiny.Q4_0.gguf"), Conflict)
+    for revision in (None, COMMIT):
+        assert isinstance(await place.refusal(REPO, revision, "tiny.Q4_0.gguf"), Conflict)
     place.hub.repos[REPO].commit = "b" * 40
     assert isinstance(await place.refusal(), Conflict)
+
+
+async def test_a_choice_is_remembered(place: Place) -> None:
+    """The same patterns of the same commit need no hub again; without them it is asked, and other files are told of."""
+    await place.pull(REPO, None, "*.gguf")
+    place.hub.seen.clear()
+    assert (await place.pull(REPO, COMMIT, "*.gguf")).state is DownloadState.COMPLETED
+    assert place.hub.seen == []
+    assert isinstance(await place.refusal(REPO, COMMIT), Conflict)
+    assert (await place.pull(REPO, None, "tiny.*")).state is DownloadState.COMPLETED
+    assert place.hub.ranges("") == []
 
 
 async def test_a_directory_of_somebody_else_is_a_conflict(place: Place) -> None:
@@ -276,6 +292,57 @@ async def test_a_new_server_goes_on_where_the_old_one_stopped(place: Place) -> N
     assert place.hub.ranges(WEIGHTS) == ["bytes=120000-"]
 
 
+async def test_other_bytes_under_the_same_name_are_not_mixed_in(place: Place) -> None:
+    """A file that is another one when the download goes on: failed with both hashes, and begun anew by the next."""
+    content = place.hub.repos[REPO].files[WEIGHTS]
+    place.hub.repos[REPO].pauses_after[WEIGHTS] = 120_000
+    async with place.manager() as (downloads, _):
+        await reached(downloads, await downloads.start(REPO), 120_000)
+    place.hub.repos[REPO].pauses_after.clear()
+    other = weights(seed=2)
+    place.hub.repos[REPO].forged[WEIGHTS] = other
+    place.hub.seen.clear()
+    download = await place.pull()
+    assert download.state is DownloadState.FAILED
+    assert isinstance(download.error, IntegrityMismatch)
+    mixed = content[:120_000] + other[120_000:]
+    assert (download.error.expected, download.error.actual) == tuple(
+        hashlib.sha256(whole).hexdigest() for whole in (content, mixed)
+    )
+    assert not [path for path in place.left() if path.endswith(WEIGHTS)]
+    place.hub.repos[REPO].forged.clear()
+    assert (await place.pull()).state is DownloadState.COMPLETED
+    assert place.hub.ranges(WEIGHTS) == ["bytes=120000-", None]
+
+
+async def test_a_revision_stays_what_it_was_at_the_start(place: Place) -> None:
+    """main moves on while its files come: all are those of the commit it stood for, and models.lock says which."""
+    repo = place.hub.repos[REPO]
+    repo.pauses_after[WEIGHTS] = 1000
+    old = dict(repo.files)
+    async with place.manager() as (downloads, _):
+        started = await downloads.start(REPO, "main")
+        await reached(downloads, started, 1000)
+        repo.older[COMMIT] = old
+        repo.commit, repo.files = "b" * 40, old | {"config.json": b'{"model_type": "llama", "x": 1}'}
+        place.hub.resume.set()
+        assert (await ended(downloads, started)).state is DownloadState.COMPLETED
+    assert (place.root / REPO / "config.json").read_bytes() == old["config.json"]
+    record = ModelsLock(place.root).find(REPO)
+    assert record is not None
+    assert record.revision == COMMIT
+    assert {path.split("/")[4] for _, path, _ in place.hub.seen if "/resolve/" in path} == {COMMIT}
+
+
+async def test_an_older_commit_can_be_asked_for(place: Place) -> None:
+    """By its name; main is something else by then."""
+    repo = place.hub.repos[REPO]
+    repo.older["c" * 40] = repo.files | {WEIGHTS: weights(seed=3)}
+    download = await place.pull(REPO, "c" * 40)
+    assert (download.state, download.commit) == (DownloadState.COMPLETED, "c" * 40)
+    assert (place.root / REPO / WEIGHTS).read_bytes() == weights(seed=3)
+
+
 async def test_parts_of_another_revision_are_not_mixed_in(place: Place) -> None:
     """What has changed on the hub between two attempts is downloaded anew, and leaves nothing of the old."""
     place.hub.repos[REPO].pauses_after[WEIGHTS] = 120_000
@@ -308,6 +375,44 @@ async def test_cancel_is_quick_and_keeps_the_bytes(place: Place) -> None:
     assert any(".incomplete/" in path for path in place.left())
 
 
+async def test_closing_ends_every_download(place: Place) -> None:
+    """Those that run end as cancelled, who waits for one to begin is refused, and no other begins."""
+    place.hub.repos[REPO].pauses_after[WEIGHTS] = 120_000
+    place.hub.repos["acme/busy"] = tiny(refusals=[(429, {"retry-after": "50"})])
+    async with place.manager() as (downloads, _):
+        started = await downloads.start(REPO)
+        await reached(downloads, started, 120_000)
+
+        async def ask() -> None:
+            with pytest.raises(Draining):
+                await downloads.start("acme/busy")
+
+        async with anyio.create_task_group() as askers:
+            askers.start_soon(ask)
+            await anyio.wait_all_tasks_blocked()
+            await downloads.close()
+        assert [(one.repo_id, one.state) for one in downloads.list()] == [(REPO, DownloadState.CANCELLED)]
+        with pytest.raises(Draining):
+            await downloads.start(REPO)
+    assert any(".incomplete/" in path for path in place.left())
+
+
+async def test_a_killed_child_fails_its_download_alone(place: Place) -> None:
+    """It is told of, what has come is kept, and the next attempt goes on with it."""
+    place.hub.repos[REPO].pauses_after[WEIGHTS] = 120_000
+    async with place.manager() as (downloads, _):
+        started = await downloads.start(REPO)
+        await reached(downloads, started, 120_000)
+        [child] = [one for one in psutil.Process().children() if "opta_lmx.manager.fetch" in one.cmdline()]
+        child.kill()
+        failed = await ended(downloads, started)
+    assert (failed.state, type(failed.error)) == (DownloadState.FAILED, DownloadError)
+    assert "ended unexpectedly" in str(failed.error)
+    place.hub.repos[REPO].pauses_after.clear()
+    assert (await place.pull()).state is DownloadState.COMPLETED
+    assert place.hub.ranges(WEIGHTS) == [None, "bytes=120000-"]
+
+
 async def test_the_same_download_is_joined(place: Place) -> None:
     """Two who ask for one repository share one download; who asks for it in another way is refused meanwhile."""
     place.hub.repos[REPO].pauses_after[WEIGHTS] = 1000
@@ -328,6 +433,24 @@ async def test_the_same_download_is_joined(place: Place) -> None:
         place.hub.resume.set()
         assert (await ended(downloads, found[0])).state is DownloadState.COMPLETED
     assert place.hub.ranges(WEIGHTS) == [None]
+
+
+async def test_a_refusal_is_everybodys_who_joined(place: Place) -> None:
+    """The hub is asked once for all of them, and each is told the same."""
+    async with place.manager() as (downloads, _):
+        told: list[LmxError] = []
+
+        async def ask() -> None:
+            with pytest.raises(ModelNotFound) as caught:
+                await downloads.start("acme/nothing")
+            told.append(caught.value)
+
+        async with anyio.create_task_group() as askers:
+            for _ in range(3):
+                askers.start_soon(ask)
+        assert downloads.list() == ()
+    assert [str(error) for error in told] == [str(told[0])] * 3
+    assert len(place.hub.seen) == 1
 
 
 async def test_downloads_share_the_places_for_files(place: Place) -> None:
@@ -414,6 +537,38 @@ async def test_a_busy_hub_is_waited_for(place: Place) -> None:
     assert "429" in str(refusal)
     place.hub.repos["acme/busy"] = tiny(refusals=[(429, {"retry-after": "3600"})])
     assert isinstance(await place.refusal("acme/busy"), HubUnreachable)
+
+
+def in_seconds(seconds: int) -> str:
+    """A Retry-After by number."""
+    return str(seconds)
+
+
+def at_time(seconds: int) -> str:
+    """A Retry-After by date, which knows whole seconds only."""
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=seconds + 1), usegmt=True)
+
+
+@pytest.mark.parametrize("later", [in_seconds, at_time])
+async def test_the_hub_says_when_to_come_back(place: Place, later: Callable[[int], str]) -> None:
+    """By a number or a date: it is asked no sooner, and no later although our own pause would be half a minute."""
+    place.patience = Patience(5, attempts=3, first_pause_seconds=30)
+    place.hub.repos[REPO].refusals = [(429, {"retry-after": later(1)})]
+    before = time.monotonic()
+    assert (await place.pull()).state is DownloadState.COMPLETED
+    assert time.monotonic() - before >= 1
+    place.hub.repos["acme/busy"] = tiny(refusals=[(503, {"retry-after": later(3600)})])
+    assert isinstance(await place.refusal("acme/busy"), HubUnreachable)
+
+
+async def test_a_slow_connection_is_no_broken_one(place: Place) -> None:
+    """Bytes that keep coming are waited for, though all of them take longer than the silence that is borne."""
+    place.patience = Patience(silence_seconds=1.5, attempts=1)
+    place.hub.repos[REPO].paces[WEIGHTS] = (60_000, 0.4)
+    before = time.monotonic()
+    assert (await place.pull()).state is DownloadState.COMPLETED
+    assert time.monotonic() - before > place.patience.silence_seconds
+    assert place.hub.ranges(WEIGHTS) == [None]
 
 
 async def test_a_hub_that_falls_silent(place: Place) -> None:

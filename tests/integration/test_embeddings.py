@@ -231,6 +231,8 @@ def test_numbers_that_are_none_fail_the_request(tiny: Tiny, tmp_path: Path) -> N
         ("config.json", '"num_hidden_layers": 2', '"num_hidden_layers": 3', "encoder.layer.2.* is missing"),
         ("config.json", '"hidden_size": 32, ', "", "does not describe a model of its type"),
         ("modules.json", "models.Normalize", "models.Dense", "a step of type 'Dense'"),
+        ("modules.json", '"1_Pooling"', '"/1_Pooling"', "modules.json names a path that leaves"),
+        ("modules.json", '"1_Pooling"', '"../bad/1_Pooling"', "modules.json names a path that leaves"),
         ("1_Pooling/config.json", '"pooling_mode_cls_token": false', '"pooling_mode_cls_token": true', "pooling"),
         ("tokenizer.json", "{", "", "valid JSON|tokenizer"),
     ],
@@ -242,6 +244,18 @@ def test_files_that_cannot_be_honoured_are_refused(tmp_path: Path, file: str, ol
     assert old in text
     (directory / file).write_text(text.replace(old, new, 1))
     with pytest.raises(LoadFailed, match=reason):
+        Encoder(directory)
+
+
+def test_a_folder_that_is_a_link_out_of_the_model_is_refused(tmp_path: Path) -> None:
+    """A file may be a link, as in the hub's cache; a folder that modules.json names leads nowhere else."""
+    directory = build_tiny_encoder(tmp_path / "bad")
+    config = directory / "1_Pooling" / "config.json"
+    config.symlink_to(config.rename(tmp_path / "config.json"))
+    Encoder(directory)
+    (directory / "1_Pooling").rename(tmp_path / "elsewhere")
+    (directory / "1_Pooling").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LoadFailed, match="names a path that leaves"):
         Encoder(directory)
 
 

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from opta_lmx.config import Config
 from opta_lmx.config_models import ModelsConfig
-from opta_lmx.errors import Conflict, LoadFailed, MemoryLimit
+from opta_lmx.errors import Conflict, Draining, LoadFailed, MemoryLimit
 from opta_lmx.inference.engine import InferenceEngine
 from opta_lmx.inference.worker.convert import STAGING_SUFFIX
 from opta_lmx.manager.gguf import GgufError
@@ -292,6 +292,25 @@ async def test_a_waiter_takes_over_from_a_cancelled_caller(tiny: Path, tmp_path:
     assert sorted(done) == ["second", "third"]
     assert (target / "model.safetensors").is_file()
     assert not staging_of(target).exists()
+
+
+async def test_closing_ends_every_import(tiny: Path, tmp_path: Path) -> None:
+    """Everybody who waits is told that the server stops, the process has gone then, and no other import begins."""
+    importer, target = GgufImporter(), tmp_path / "out"
+
+    async def call() -> None:
+        with pytest.raises(Draining):
+            await importer.import_gguf(tiny, target)
+
+    with anyio.fail_after(_BOUND), held(staging_of(target)):
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(call)
+            await until(lambda: bool(children()))
+            importer.close()
+        assert children() == set()
+        await call()
+    assert not target.exists()
 
 
 async def test_a_job_that_stands_still_is_ended(tiny: Path, tmp_path: Path) -> None:

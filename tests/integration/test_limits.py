@@ -53,12 +53,17 @@ class Raw:
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             return
 
-    async def dribble(self, data: bytes, every: float) -> None:
-        """Writes a byte at a time, for ever after the last one again."""
+    async def dribble(self, data: bytes, every: float, size: int = 1) -> None:
+        """Writes so many bytes at a time, for ever after the last ones again."""
         while True:
-            for byte in data:
-                await self.send(bytes([byte]))
+            for start in range(0, len(data), size):
+                await self.send(data[start : start + size])
                 await anyio.sleep(every)
+
+    async def some(self) -> bytes:
+        """What comes next."""
+        with anyio.fail_after(BOUND):
+            return await self._connection.receive()
 
     async def rest(self) -> bytes:
         """All that comes until the server closes the connection."""
@@ -154,7 +159,7 @@ async def test_times_are_for_clients_not_for_answers(server: StartServer) -> Non
     running = server({"a": PACE}, server=limits)
     body = json.dumps(chat("a", words(100), stream=True)).encode()
     request = b"POST %b HTTP/1.1\r\n%bContent-Length: %d\r\n\r\n%b" % (CHAT.encode(), HOST, len(body), body)
-    for behind in (b"", b"\r\n", GET + b"X-Half: "):
+    for behind in (b"", b"\r\n", GET + b"X-Half: ", request[:-10]):
         async with raw(running) as client:
             await client.send(request + behind)
             received = await client.rest()
@@ -198,6 +203,57 @@ async def test_a_large_head_is_refused(server: StartServer, subtests: pytest.Sub
         async with raw(running) as client:
             await client.send(GET + many + b"Connection: close\r\n\r\n")
             assert (await client.rest()).startswith(b"HTTP/1.1 200 OK")
+
+
+async def test_what_frames_a_body_is_bounded(server: StartServer, subtests: pytest.Subtests) -> None:
+    """431 for endless trailers and extensions of chunks; those of a sane size are overlooked, whatever they say."""
+    running = server({"a": PACE})
+    post = b"POST %b HTTP/1.1\r\n%bTransfer-Encoding: chunked\r\n\r\n" % (CHAT.encode(), HOST)
+    body = json.dumps(chat("a", "hello")).encode()
+    whole = post + b"%x;a=b\r\n%b\r\n0\r\n" % (len(body), body)
+    endless = {
+        "a trailer": (whole + b"X-Large: ", b"x" * 1000),
+        "trailers": (whole, b"X-Many: " + b"x" * 1000 + b"\r\n"),
+        "an extension": (post + b"1;", b"x" * 1000),
+    }
+    for name, (at_once, again) in endless.items():
+        async with raw(running) as client, anyio.create_task_group() as writing:
+            await client.send(at_once)
+            writing.start_soon(client.dribble, again, 0.005, len(again))
+            received = await client.rest()
+            writing.cancel_scope.cancel()
+        with subtests.test(name):
+            assert answered(received)[0] == 431
+    for name, trailer in {"a host": b"Host: evil.example", "any": b"X-Any: x"}.items():
+        async with raw(running) as client:
+            await client.send(whole + trailer + b"\r\n\r\n")
+            received = await client.some()
+        with subtests.test(name):
+            assert received.startswith(b"HTTP/1.1 200 OK")
+
+
+async def test_an_answer_before_the_end_of_its_request_is_the_only_one(
+    server: StartServer, subtests: pytest.Subtests
+) -> None:
+    """Whether the rest comes, breaks off or is no HTTP; and then the connection ends like any other."""
+    running = server({"a": PACE}, server={"request_body_seconds": SOON, "keep_alive_seconds": SOON})
+    head = b"POST /v1/nowhere HTTP/1.1\r\n" + HOST
+    sized, chunked = head + b"Content-Length: 4\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\n"
+    cases = {
+        "the rest": (sized, b"rest", 1),
+        "half of it": (sized, b"re", 1),
+        "no chunk": (chunked, b"zz\r\n", 1),
+        "the rest and another request": (sized, b"rest" + GET + b"\r\n", 2),
+    }
+    for name, (first, then, answers) in cases.items():
+        async with raw(running) as client:
+            await client.send(first)
+            received = await client.some()
+            await client.send(then)
+            received += await client.rest()
+        with subtests.test(name):
+            assert received.startswith(b"HTTP/1.1 404 ")
+            assert received.count(b"HTTP/1.1 ") == answers
 
 
 async def test_connections_are_bounded(server: StartServer) -> None:

@@ -19,6 +19,8 @@ from tests.integration.conftest import RunningServer, StartServer
 # Of the footprint, either way.
 MOST_ERROR = 0.05
 
+_NEED = {"weights_bytes", "kv_bytes", "overhead_bytes", "prefix_cache_bytes", "buffer_bytes", "need_bytes"}
+
 # Sixteen hidden squared a layer: 4 Mi numbers of float16 each.
 _HIDDEN, _LAYERS = 512, 8
 
@@ -51,6 +53,25 @@ async def test_the_estimate_is_within_5_percent_of_the_footprint(tmp_path: Path)
     assert len(table) == 7
     assert {row.name: row.need for row in table} == expected
     assert all(abs(row.error) <= MOST_ERROR for row in table), "\n".join([HEADER, *map(str, table)])
+
+
+@pytest.mark.mlx
+def test_the_plan_of_a_gguf_is_that_of_its_import(server: StartServer, tmp_path: Path) -> None:
+    """Before the import and after it the plan needs the same bytes, part by part, with the server's own caches."""
+    (tmp_path / "gguf").mkdir()
+    write_random_llama(tmp_path / "gguf" / "m.gguf", byte_level_vocabulary(), Kind.Q3_K, Sizes(256, 512, 2))
+    lmx = server({"g": tmp_path / "gguf"})
+    with lmx.client() as client:
+
+        def plan() -> dict[str, int]:
+            answer = client.post("/admin/models/plan", json={"model_id": "g"}).raise_for_status().json()
+            return {name: answer[name] for name in _NEED}
+
+        before = plan()
+        client.post("/admin/models/load", json={"model_id": "g"}).raise_for_status()
+        assert plan() == before
+        client.post("/admin/models/unload", json={"model_id": "g"}).raise_for_status()
+        assert plan() == before
 
 
 @pytest.mark.mlx

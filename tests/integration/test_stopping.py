@@ -13,9 +13,14 @@ from pathlib import Path
 import anyio
 import httpx
 import psutil
+import pytest
 
+from opta_lmx.manager.catalog import ECHO_NAME
+from opta_lmx.manager.importing import STAGING_SUFFIX
+from opta_lmx.manager.integrity import ModelsLock
+from opta_lmx.manager.starter import STARTER_ID
 from opta_lmx.service.lock import LOCK_NAME
-from opta_lmx.types import EchoOptions
+from opta_lmx.types import EchoOptions, JsonObject
 from tests.integration.chatting import (
     Stream,
     ask,
@@ -31,6 +36,7 @@ from tests.integration.chatting import (
     words,
 )
 from tests.integration.conftest import RunningServer, StartServer, temporary_directory, wait_gone
+from tests.integration.test_import_job import held
 
 SLOW = EchoOptions(token_seconds=0.02)
 FOR_A_MINUTE = EchoOptions(token_seconds=0.06)
@@ -207,6 +213,58 @@ async def test_an_import_in_flight_does_not_hold_up_the_end(server: StartServer)
     models = running.log.parent / "models"
     left = {path.name for path in models.iterdir() if not path.name.endswith(".incomplete")}
     assert left <= {LOCK_NAME, "models.lock"}
+
+
+async def test_an_import_that_is_waited_for_does_not_hold_up_the_end(server: StartServer, tmp_path: Path) -> None:
+    """At the limit of the drain the import ends, and whoever waits for it is told: for a request, and for a load."""
+    asked: list[httpx.Response] = []
+    with held(tmp_path / f"{STARTER_ID}{STAGING_SUFFIX}"):
+        models = {"starter": True, "models_directory": str(tmp_path)}
+        running = server({}, models=models, server={"drain_seconds": 0.3})
+        async with connect(running) as client, anyio.create_task_group() as tasks:
+
+            async def wait(path: str, body: JsonObject) -> None:
+                asked.append(await client.post(path, json=body))
+
+            tasks.start_soon(wait, "/admin/models/load", {"model_id": STARTER_ID})
+            tasks.start_soon(wait, "/v1/chat/completions", chat(STARTER_ID, "hello"))
+            await until_status(client, lambda shown: depths(shown) == (1, 0))
+            running.process.terminate()
+            await ended(running, 4)
+    for response in asked:
+        check_error(response, 503, "draining")
+    check_nothing_left(running)
+    assert "Traceback" not in running.log.read_text()
+
+
+@pytest.mark.parametrize("path", ["/admin/models/verify", "/admin/models/load", "/v1/chat/completions"])
+async def test_files_that_are_hashed_do_not_hold_up_the_end(server: StartServer, tmp_path: Path, path: str) -> None:
+    """Half a minute of hashing, for a verification or before a load: it ends with the drain, and its caller is told."""
+    weights = tmp_path / "a" / "weights.bin"
+    weights.parent.mkdir()
+    (weights.parent / ECHO_NAME).write_bytes(b"{}")
+    weights.touch()
+    ModelsLock(tmp_path).record("a", weights.parent, "acme/a", "main")
+    os.truncate(weights, 32 * 2**30)  # of which the disk holds nothing
+    models = {"models_directory": str(tmp_path), "starter": False}
+    running = server({}, models=models, server={"drain_seconds": 0.3})
+    async with connect(running) as client, anyio.create_task_group() as tasks:
+
+        async def wait() -> None:
+            body = {"/admin/models/verify": {}, "/admin/models/load": {"model_id": "a"}}.get(path, chat("a", "hello"))
+            check_error(await client.post(path, json=body), 503, "draining")
+
+        tasks.start_soon(wait)
+        await until(lambda: open_files(running), lambda shown: str(weights) in shown)
+        running.process.terminate()
+        await ended(running, 4)
+    check_nothing_left(running)
+    assert "Traceback" not in running.log.read_text()
+
+
+async def open_files(server: RunningServer) -> set[str]:
+    """The files that the server itself has open."""
+    return {file.path for file in psutil.Process(server.pid).open_files()}
 
 
 async def test_a_second_sigterm_ends_a_load_too(server: StartServer) -> None:

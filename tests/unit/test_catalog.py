@@ -1,7 +1,9 @@
 """Which directories are models, what is told of each, and which problem each bad one has."""
 
+import asyncio
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -383,6 +385,27 @@ async def test_recorded_files_are_checked_before_a_load(root: Path) -> None:
         await models.ensure_local("m")
     models.refresh()
     assert [files.verified for files in models.list_available()] == [False]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_many_callers_of_a_touched_model_hash_it_once(root: Path) -> None:
+    """A copy from elsewhere is hashed for whoever comes first; the others wait for it. Measured in processor time."""
+    (root / "m").mkdir(parents=True)
+    (root / "m" / "echo.json").write_bytes(b"{}")
+    with (root / "m" / "weights.bin").open("wb") as file:
+        file.truncate(256 * 2**20)
+    ModelsLock(root).record("m", root / "m", "acme/m", "main")
+    models = manager(root)
+
+    async def seconds(callers: int) -> float:
+        os.utime(root / "m" / "weights.bin", (callers, callers))
+        before = time.process_time()
+        assert all(
+            files.verified for files in await asyncio.gather(*(models.ensure_local("m") for _ in range(callers)))
+        )
+        return time.process_time() - before
+
+    assert await seconds(8) < 3 * await seconds(1)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

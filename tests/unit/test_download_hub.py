@@ -1,5 +1,7 @@
 """What a download takes from a repository, which wishes are refused, and the lines the two processes speak."""
 
+from datetime import UTC, datetime
+
 import msgspec
 import pytest
 
@@ -14,6 +16,7 @@ from opta_lmx.errors import (
     ModelNotFound,
 )
 from opta_lmx.manager.hub import Failed, HubFile, check_wish, choose_files
+from opta_lmx.manager.hub_errors import retry_after_seconds
 
 SHA1, SHA256 = "0" * 40, "0" * 64
 
@@ -88,6 +91,14 @@ def test_a_path_out_of_the_directory_is_refused(path: str) -> None:
         chosen(path, "model.safetensors", patterns=("*",))
 
 
+@pytest.mark.parametrize("other", ["config.json", "CONFIG.json"])
+def test_a_path_that_is_listed_twice_is_refused(other: str) -> None:
+    """Two files would be written into one, on some disks also where their names differ in case alone."""
+    with pytest.raises(DownloadError, match="twice"):
+        chosen("config.json", "model.safetensors", other)
+    assert chosen("config.json", "model.safetensors", other, patterns=("[m]*",)) == ["model.safetensors"]
+
+
 def test_a_list_without_end_is_refused() -> None:
     """A hub cannot make the server keep books of any number of files."""
     with pytest.raises(DownloadError, match="2,000 are the most"):
@@ -132,6 +143,30 @@ def test_other_wishes_are_refused_by_name(revision: str | None, patterns: list[s
     with pytest.raises(InvalidRequest) as caught:
         check_wish("a/b", revision, patterns)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "0"}, 0),
+        ({"retry-after": " 120 "}, 120),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:30 GMT"}, 30),
+        ({"retry-after": "Wednesday, 21-Oct-15 07:28:30 GMT"}, 30),
+        ({"retry-after": "Wed Oct 21 07:28:30 2015"}, 30),
+        ({"retry-after": "Wed, 21 Oct 2015 09:28:30 +0200"}, 30),
+        ({"retry-after": "Wed, 21 Oct 2015 07:27:00 GMT"}, 0),
+        # Its clock, not ours.
+        ({"retry-after": "Wed, 21 Oct 2020 07:28:30 GMT", "date": "Wed, 21 Oct 2020 07:28:25 GMT"}, 5),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:30 GMT", "date": "yesterday"}, 30),
+        ({}, None),
+        *(({"retry-after": text}, None) for text in ("", "-1", "1.5", "soon", "Wed, 99 Oct 2015 07:28:30 GMT")),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:30 +99999999999999999"}, None),
+        ({"retry-after": "9" * 5000}, float("inf")),
+    ],
+)
+def test_when_a_hub_wants_to_be_asked_again(headers: dict[str, str], seconds: float | None) -> None:
+    """A number, any of HTTP's three forms of a date, or nothing: whatever the text is, it is no error."""
+    assert retry_after_seconds(headers, datetime(2015, 10, 21, 7, 28, tzinfo=UTC)) == seconds
 
 
 @pytest.mark.parametrize(

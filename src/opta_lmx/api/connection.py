@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 from httptools import HttpParserUpgrade, HttpRequestParser
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from opta_lmx.api.errors import (
     HeadTooLarge,
@@ -33,6 +33,10 @@ _log = get_logger(__name__)
 # nginx takes four buffers of 8 KiB, Apache a hundred fields; no client of ours comes near.
 MAX_HEAD_BYTES: Final = 32 * 1024
 MAX_HEAD_FIELDS: Final = 100
+
+# Requests read while one before them is being answered. uvicorn reads no further than one, and so does not see the
+# client leave; each may bring as much of a body as uvicorn holds.
+_REQUESTS_AHEAD: Final = 8
 
 # What the server opens beside connections: a socket, a pipe and a process handle for each worker, files, the log.
 _OTHER_OPEN_FILES: Final = 256
@@ -109,8 +113,13 @@ class Connection(HttpToolsProtocol):
         self._reminding = False
         self._limits = limits
         self._stalled_seconds = stalled_seconds
+        # uvicorn's ``cycle`` is the last request read; of several sent at once, this is the one being answered.
+        self._turn: RequestResponseCycle | None = None
         self._in_head = False
+        self._in_body = False
+        # Of a head; or of what frames a body (sizes and extensions of chunks, trailers) since its last piece.
         self._head_bytes = 0
+        self._got_on = False
         self._deadline: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
 
@@ -125,21 +134,25 @@ class Connection(HttpToolsProtocol):
         self._begin_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """No timer outlives the connection."""
+        """No timer outlives the connection, and no answer goes on for nobody."""
         for timer in (self._deadline, self._stall):
             if timer is not None:
                 timer.cancel()
         self._unset_keepalive_if_required()
+        if self._turn is not None and not self._turn.response_complete:
+            self._turn.disconnected = True
+            self._turn.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Read on; a head that has grown too large without being complete ends the connection."""
+        """Read on; a head, or a body's framing, that has grown too large without being complete ends the connection."""
         if self.transport.is_closing():
             return
         if self._deadline is None and not self._answering:
             self._begin_head()
+        self._got_on = False
         super().data_received(data)
-        if self._in_head:
+        if self._in_head or (self._in_body and not self._got_on):
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self._refuse(HeadTooLarge(MAX_HEAD_BYTES, MAX_HEAD_FIELDS))
@@ -157,6 +170,7 @@ class Connection(HttpToolsProtocol):
         """A request begins."""
         if self._reminding:
             return
+        self._unset_keepalive_if_required()
         self._begin_head()
         super().on_message_begin()
 
@@ -166,8 +180,8 @@ class Connection(HttpToolsProtocol):
             super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One field."""
-        if not self._reminding:
+        """One field. Those behind the body come too late to be checked, and are nothing we know: they are dropped."""
+        if self._in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -178,15 +192,31 @@ class Connection(HttpToolsProtocol):
             # Ends the parsing; what is said of it is ``send_400_response``'s.
             raise HeadTooLarge(MAX_HEAD_BYTES, MAX_HEAD_FIELDS)
         self._in_head = False
+        self._framing_ended()
         self._wait_for_client(self._limits().request_body_seconds)
         super().on_headers_complete()
+        self._in_body = True
+        if 0 < len(self.pipeline) <= _REQUESTS_AHEAD:
+            self.flow.resume_reading()
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._framing_ended()
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The server has the word, unless the parser has only skipped a body that is still to come."""
         if self.parser.should_upgrade() and not self.accepts_upgrade() and self._body_framing():
             return
+        self._in_body = False
         self._stop_waiting()
         super().on_message_complete()
+        if not self._answering:
+            # The answer came before the whole request. uvicorn has counted the rest as the client's next word.
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     # -- offers of another protocol ----------------------------------------------------------------
 
@@ -209,7 +239,11 @@ class Connection(HttpToolsProtocol):
         framings = [(name, value) for name, value in self.headers if name in (b"transfer-encoding", b"content-length")]
         return next((name + b": " + value for name, value in sorted(framings, reverse=True) if value != b"0"), b"")
 
-    # -- the other way -----------------------------------------------------------------------------
+    # -- answers -----------------------------------------------------------------------------------
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._turn = cycle
+        super()._start_asgi_task(cycle, app)
 
     def pause_writing(self) -> None:
         """The client takes less than the server has for it."""
@@ -243,6 +277,10 @@ class Connection(HttpToolsProtocol):
             self._head_bytes = 0
             self._wait_for_client(self._limits().request_head_seconds)
 
+    def _framing_ended(self) -> None:
+        self._head_bytes = 0
+        self._got_on = True
+
     def _wait_for_client(self, seconds: float) -> None:
         self._stop_waiting()
         self._deadline = self.loop.call_later(seconds, self._waited, seconds)
@@ -257,7 +295,7 @@ class Connection(HttpToolsProtocol):
         self._deadline = None
         if self.transport.is_closing():
             return
-        if self.flow.read_paused or (self._in_head and self._answering):
+        if self.flow.read_paused or self.pipeline or (self._in_head and self._answering):
             self._wait_for_client(seconds)
         elif self._head_bytes == 0 and self._in_head:
             # Nothing was asked, so there is nothing to answer.
@@ -266,9 +304,9 @@ class Connection(HttpToolsProtocol):
             self._refuse(RequestTooSlow(seconds))
 
     def _refuse(self, error: Exception) -> None:
-        """Answer, unless an answer to this request or to one before it is under way, and close."""
+        """Answer, if an answer can still be taken for this request's, and close."""
         self._stop_waiting()
-        if not self._answering or not (self._in_head or self.pipeline or self.cycle.response_started):
+        if self._may_answer():
             status, body, headers = to_envelope(error)
             content = msgspec.json.encode(body)
             headers |= {
@@ -279,6 +317,12 @@ class Connection(HttpToolsProtocol):
             lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{k}: {v}" for k, v in headers.items())]
             self.transport.write("\r\n".join([*lines, "", ""]).encode("latin-1") + content)
         self.transport.close()
+
+    def _may_answer(self) -> bool:
+        """False where the request being read has its answer, or one to it or to one before it is under way."""
+        if self._answering:
+            return not (self._in_head or self.pipeline or self.cycle.response_started)
+        return not self._in_body
 
     def _watch_reader(self, before_bytes: int) -> None:
         self._stall = self.loop.call_later(self._stalled_seconds, self._reader_waited, before_bytes)

@@ -101,9 +101,9 @@ class DownloadManager:
     ) -> Download:
         """Begins a download, or joins the same one in flight; answers once the hub has listed the files.
 
-        Complete at once if models.lock says that this revision is here. Refuses before the first byte: InvalidRequest,
-        ModelNotFound, DiskFull, HubUnreachable, DownloadError, and Conflict if the directory is there with something
-        else in it or the repository is being downloaded in another way; Draining once ``close`` was called.
+        Complete at once if models.lock says that these files of this revision are here. Refuses before the first byte:
+        InvalidRequest, ModelNotFound, DiskFull, HubUnreachable, DownloadError, and Conflict if the directory is there
+        with something else in it or the repository is being downloaded in another way; Draining after ``close``.
         """
         if self._closing:
             raise draining()
@@ -120,9 +120,11 @@ class DownloadManager:
         while job.state is DownloadState.PREPARING:
             await job.changed.wait()
         if job.plan is None:
-            cut_off = draining() if self._closing else Conflict(f"The download of {repo_id!r} was cancelled.")
-            raise job.error or cut_off
+            raise job.error or self._cut_off(repo_id)
         return job.snapshot()
+
+    def _cut_off(self, repo_id: str) -> LmxError:
+        return draining() if self._closing else Conflict(f"The download of {repo_id!r} was cancelled.")
 
     def list(self) -> tuple[Download, ...]:
         """Downloads that run and the last that ended, oldest first."""
@@ -192,7 +194,7 @@ class DownloadManager:
 
     async def _download(self, job: Job) -> None:
         record = self._check_place(job.repo_id)
-        if record is not None and record.revision == job.revision:
+        if record is not None and (record.revision, record.patterns) == (job.revision, job.patterns):
             job.adopt(record)
             return
         for name in _OFFLINE_NAMES:
@@ -258,15 +260,17 @@ class DownloadManager:
             root=str(self._root),
             patience=self._machine.patience,
         )
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "opta_lmx.manager.fetch"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=_MAX_LINE_BYTES,
-            env=environ,
-            start_new_session=True,
-        )
+        # Whole or not at all: what is cancelled half way through would leave a process that nobody waits for.
+        with anyio.CancelScope(shield=True):
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "opta_lmx.manager.fetch"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                limit=_MAX_LINE_BYTES,
+                env=environ,
+                start_new_session=True,
+            )
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(order) + b"\n")
         return process

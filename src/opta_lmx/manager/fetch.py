@@ -125,7 +125,7 @@ class Fetch:
     def _record(self, files: tuple[HubFile, ...]) -> None:
         """Writes the files' record. Raises IntegrityMismatch if the disk gives other bytes than it was given."""
         repo_id, lock = self._order.repo_id, ModelsLock(self._root)
-        lock.record(repo_id, self._home, repo_id, self._commit, self._records)
+        lock.record(repo_id, self._home, repo_id, self._commit, self._records, self._order.patterns)
         record = lock.find(repo_id)
         for file in files:
             # One that was touched since it was checked has been hashed again.

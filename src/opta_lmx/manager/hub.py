@@ -153,7 +153,7 @@ def choose_files(repo_id: str, files: Sequence[HubFile], patterns: Sequence[str]
 
     Without ``patterns``: the safetensors of the top folder (those called model* where there are such, because only
     they are loaded) and the JSON and text around them. With them: what they match. Raises InvalidRequest if no
-    weights are among them, DownloadError if a path leaves the directory or a file has no hash.
+    weights are among them, DownloadError if a path leaves the directory or stands there twice, or a file has no hash.
     """
     data = [file for file in files if _is_data(file.path)]
     if patterns:
@@ -168,8 +168,12 @@ def choose_files(repo_id: str, files: Sequence[HubFile], patterns: Sequence[str]
         raise _no_weights(repo_id, ggufs or [file.path for file in data if file.path.endswith(".gguf")])
     if len(chosen) > _MAX_FILES:
         raise DownloadError(f"The hub lists {len(chosen):,} files for {repo_id!r}; {_MAX_FILES:,} are the most.")
+    taken: set[str] = set()
     for file in chosen:
         _check(file)
+        if (name := file.path.casefold()) in taken:
+            raise DownloadError(f"The hub lists {file.path!r} twice, or in two spellings that many disks take for one.")
+        taken.add(name)
     return tuple(sorted(chosen, key=lambda file: file.path))
 
 

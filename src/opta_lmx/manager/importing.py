@@ -21,6 +21,7 @@ from anyio import to_thread
 from opta_lmx.errors import LmxError
 from opta_lmx.manager.gguf import GgufError, inspect
 from opta_lmx.manager.gguf_size import ImportForm
+from opta_lmx.manager.processes import draining
 from opta_lmx.monitoring.logging import get_logger
 
 _log = get_logger(__name__)
@@ -55,6 +56,7 @@ class _Job:
     ended: anyio.Event = field(default_factory=anyio.Event)
     error: LmxError | GgufError | OSError | None = None
     abandoned: bool = True
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
 
 
 class GgufImporter:
@@ -74,6 +76,7 @@ class GgufImporter:
         self._now = now
         self._stall_seconds = stall_seconds
         self._jobs: dict[Path, _Job] = {}
+        self._closing = False
 
     def progress(self, target: Path) -> ImportProgress | None:
         """How far the import to ``target`` is; None if none runs."""
@@ -85,7 +88,7 @@ class GgufImporter:
 
         ``finish`` runs in a thread once the directory is in place, before anybody is answered. Raises GgufError or
         OSError, and then nothing is left behind, or what ``finish`` raises. If the caller that runs the job is
-        cancelled, the job is killed and one of those who wait starts it again.
+        cancelled, the job is killed and one of those who wait starts it again; after ``close`` all get Draining.
         """
         while (running := self._jobs.get(target)) is not None:
             await running.ended.wait()
@@ -93,11 +96,16 @@ class GgufImporter:
                 raise running.error
             if not running.abandoned:
                 return
+        if self._closing:
+            raise draining()
         job = self._jobs[target] = _Job()
         started = self._now()
         try:
             await to_thread.run_sync(inspect, source)
-            await self._run(source, target, job)
+            with job.scope:
+                await self._run(source, target, job)
+            if job.scope.cancelled_caught:
+                raise draining()
             if finish is not None:
                 await to_thread.run_sync(finish)
             job.abandoned = False
@@ -110,18 +118,26 @@ class GgufImporter:
             del self._jobs[target]
             job.ended.set()
 
+    def close(self) -> None:
+        """Ends every import and begins no other: whoever waits for one is told that the server stops."""
+        self._closing = True
+        for job in self._jobs.values():
+            job.scope.cancel()
+
     async def _run(self, source: Path, target: Path, job: _Job) -> None:
         """Runs the job to its end; kills it when cancelled or stalled. A job that fails leaves nothing behind."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "opta_lmx.inference.worker.convert", os.fspath(source), os.fspath(target)),
-            *("--precision", "full" if self._form.full else "half", "--bits", str(self._form.bits)),
-            # The write end closes with this process, which ends the job.
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
+        # Whole or not at all: what is cancelled half way through would leave a process that nobody waits for.
+        with anyio.CancelScope(shield=True):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "opta_lmx.inference.worker.convert", os.fspath(source), os.fspath(target)),
+                *("--precision", "full" if self._form.full else "half", "--bits", str(self._form.bits)),
+                # The write end closes with this process, which ends the job.
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,
+            )
         assert process.stderr is not None
         tail = bytearray()
         try:

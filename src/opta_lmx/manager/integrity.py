@@ -17,9 +17,12 @@ from pathlib import Path
 
 import msgspec
 
-from opta_lmx.errors import IntegrityMismatch
+from opta_lmx.errors import Draining, IntegrityMismatch
 
 LOCK_NAME = "models.lock"
+
+# Read at once: some milliseconds of hashing at most.
+_CHUNK_BYTES = 1024 * 1024
 
 # Stands in an IntegrityMismatch where the record or the disk has no such file.
 _ABSENT = "no such file"
@@ -65,11 +68,15 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class ModelRecord(msgspec.Struct, frozen=True):
-    """``source`` is a repository or a file's name, ``revision`` what tells two states of it apart."""
+    """``source`` is a repository or a file's name, ``revision`` what tells two states of it apart.
+
+    ``patterns`` chose the files of a download from the repository's; empty where nothing was said.
+    """
 
     source: str
     revision: str
     files: dict[str, FileRecord]
+    patterns: tuple[str, ...] = ()
 
 
 class _LockFile(msgspec.Struct):
@@ -88,22 +95,33 @@ class ModelsLock:
         self._path = directory / LOCK_NAME
         # What models.lock held when it last had this status; one attribute, because threads read it too.
         self._cached: tuple[os.stat_result, Mapping[str, ModelRecord]] | None = None
+        self._closing = False
+
+    def close(self) -> None:
+        """Ends what is being hashed, in whatever thread, with Draining: a large model takes minutes."""
+        self._closing = True
 
     def find(self, model_id: str) -> ModelRecord | None:
         """The record, None if there is none. Raises IntegrityMismatch if models.lock itself cannot be read."""
         return self._read().get(model_id)
 
     def record(
-        self, model_id: str, directory: Path, source: str, revision: str, known: Mapping[str, FileRecord] | None = None
+        self,
+        model_id: str,
+        directory: Path,
+        source: str,
+        revision: str,
+        known: Mapping[str, FileRecord] | None = None,
+        patterns: tuple[str, ...] = (),
     ) -> None:
         """Writes the model's record, replacing an older one; hashes every file that is not ``known`` or was touched."""
         hashed = known or {}
         files: dict[str, FileRecord] = {}
         for name, path in _files(directory):
             earlier = hashed.get(name)
-            files[name] = earlier if earlier is not None and earlier.stands_for(path.stat()) else _hash(path)
+            files[name] = earlier if earlier is not None and earlier.stands_for(path.stat()) else self._hash(path)
         with self._changing() as models:
-            models[model_id] = ModelRecord(source, revision, files)
+            models[model_id] = ModelRecord(source, revision, files, patterns)
 
     def forget(self, model_id: str) -> None:
         """Removes the record, if there is one."""
@@ -137,7 +155,7 @@ class ModelsLock:
         verdicts: dict[str, Verdict] = {}
         fresh: dict[str, FileRecord] = {}
         for name in sorted(found.keys() | record.files.keys()):
-            check, now = _compare(name, record.files.get(name), found.get(name), full=full)
+            check, now = self._compare(name, record.files.get(name), found.get(name), full=full)
             if not check.verdict.right:
                 raise IntegrityMismatch(name, check.expected or _ABSENT, check.actual or _ABSENT)
             verdicts[name] = check.verdict
@@ -157,7 +175,7 @@ class ModelsLock:
         for name in sorted(found.keys() | record.files.keys()):
             before = record.files.get(name)
             try:
-                check, now = _compare(name, before, found.get(name), full=True)
+                check, now = self._compare(name, before, found.get(name), full=True)
             except OSError:
                 check, now = FileCheck(name, Verdict.UNREADABLE, before.sha256 if before else None, None), None
             checks.append(check)
@@ -166,12 +184,36 @@ class ModelsLock:
         self._renew(model_id, record, fresh)
         return checks
 
+    def _compare(
+        self, name: str, before: FileRecord | None, path: Path | None, *, full: bool
+    ) -> tuple[FileCheck, FileRecord | None]:
+        """How the file at ``path`` (None: there is none) stands to its record, and its new record if it was hashed."""
+        expected = None if before is None else before.sha256
+        if path is None:
+            return FileCheck(name, Verdict.MISSING, expected, None), None
+        if before is not None and not full and before.stands_for(path.stat()):
+            return FileCheck(name, Verdict.UNCHANGED, expected, expected), None
+        now = self._hash(path)
+        verdict = Verdict.VERIFIED if now.sha256 == expected else Verdict.ADDED if before is None else Verdict.DIFFERENT
+        return FileCheck(name, verdict, expected, now.sha256), now
+
+    def _hash(self, path: Path) -> FileRecord:
+        with path.open("rb", buffering=0) as file:
+            # Before the bytes: a change while they are read must not pass for the state that was hashed.
+            status = os.fstat(file.fileno())
+            sha256, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
+            while size := file.readinto(chunk):
+                if self._closing:
+                    raise Draining("The server is shutting down.")
+                sha256.update(chunk[:size])
+        return FileRecord(status.st_size, sha256.hexdigest(), status.st_mtime_ns, status.st_ino)
+
     def _renew(self, model_id: str, record: ModelRecord, fresh: dict[str, FileRecord]) -> None:
         """Remembers when files that are right were hashed, unless the model has got another record meanwhile."""
         if any(record.files[name] != now for name, now in fresh.items()):
             with self._changing() as models:
                 if models.get(model_id) == record:
-                    models[model_id] = ModelRecord(record.source, record.revision, record.files | fresh)
+                    models[model_id] = msgspec.structs.replace(record, files=record.files | fresh)
 
     def _read(self) -> Mapping[str, ModelRecord]:
         try:
@@ -225,28 +267,6 @@ def _files(directory: Path) -> Iterator[tuple[str, Path]]:
             path = directory / prefix / name
             if not name.startswith(".") and path.is_file():
                 yield prefix + name, path
-
-
-def _compare(
-    name: str, before: FileRecord | None, path: Path | None, *, full: bool
-) -> tuple[FileCheck, FileRecord | None]:
-    """How the file at ``path`` (None: there is none) stands to its record, and its new record if it was hashed."""
-    expected = None if before is None else before.sha256
-    if path is None:
-        return FileCheck(name, Verdict.MISSING, expected, None), None
-    if before is not None and not full and before.stands_for(path.stat()):
-        return FileCheck(name, Verdict.UNCHANGED, expected, expected), None
-    now = _hash(path)
-    verdict = Verdict.VERIFIED if now.sha256 == expected else Verdict.ADDED if before is None else Verdict.DIFFERENT
-    return FileCheck(name, verdict, expected, now.sha256), now
-
-
-def _hash(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        # Before the bytes: a change while they are read must not pass for the state that was hashed.
-        status = os.fstat(file.fileno())
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(status.st_size, sha256, status.st_mtime_ns, status.st_ino)
 
 
 def _same(a: os.stat_result, b: os.stat_result) -> bool:

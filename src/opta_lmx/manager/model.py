@@ -2,16 +2,19 @@
 
 Ids come from the listing of the models directory and from nowhere else. A GGUF is listed under its own id and
 imported when it is first needed, the starter to ``<models_directory>/<id>``, every other one to
-``<models_directory>/.imported/<id>``; the files of an import are hashed into models.lock.
+``<models_directory>/.imported/<id>``; the files of an import are hashed into models.lock. One that was downloaded is
+held against its own record before it is imported.
 """
 
 import difflib
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import anyio
 from anyio import to_thread
 
 from opta_lmx.config_models import ModelsConfig
@@ -33,11 +36,15 @@ _INCOMPLETE = ".incomplete"
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """The GGUF behind an id. ``revision`` changes when an import of it would give other files."""
+    """The GGUF behind an id. ``revision`` changes when an import of it would give other files.
+
+    ``key`` is the import's in models.lock; the id's own is that of the file, which may have been downloaded.
+    """
 
     gguf: Path
     target: Path
     revision: str
+    key: str
 
 
 class ModelManager:
@@ -50,6 +57,7 @@ class ModelManager:
         self._form = ImportForm(config.gguf_import_bits)
         self._importer = GgufImporter(self._form)
         self._lock = ModelsLock(self._root)
+        self._hashing: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
         self._models: dict[str, ModelFiles] = {}
         self._origins: dict[str, _Origin] = {}
         # By path: what it looked like when it was described, and the description.
@@ -71,11 +79,10 @@ class ModelManager:
         for model_id, directory, listing in self._directories():
             with suppress(FileNotFoundError):
                 files = self._describe(model_id, directory, listing)
-                loaded = directory
                 if files.format == "gguf":
-                    loaded = self._root / _IMPORTED / model_id
-                    origins[model_id] = self._origin(directory, listing, loaded)
-                models[model_id] = replace(files, verified=self._is_verified(model_id, loaded))
+                    origins[model_id] = self._origin(model_id, directory, listing)
+                verified = self._is_verified(model_id, directory, origins.get(model_id))
+                models[model_id] = replace(files, verified=verified)
         if self._starter is not None:
             with suppress(OSError, IntegrityMismatch):
                 self._add_starter(self._starter, models, origins)
@@ -92,6 +99,11 @@ class ModelManager:
         """The imports that run, by model id, and how far each is."""
         found = ((model_id, self._importer.progress(origin.target)) for model_id, origin in self._origins.items())
         return {model_id: progress for model_id, progress in found if progress is not None}
+
+    def close(self) -> None:
+        """Ends imports and the hashing of files, and begins no other: whoever waits for them gets Draining."""
+        self._importer.close()
+        self._lock.close()
 
     def delete(self, model_id: str) -> int:
         """Removes a model with its imported form and its record; returns the bytes freed.
@@ -115,7 +127,8 @@ class ModelManager:
                 shutil.rmtree(directory)
                 if directory.parent != self._root and not any(directory.parent.iterdir()):
                     directory.parent.rmdir()
-        self._lock.forget(model_id)
+        for key in (model_id, f"{_IMPORTED}/{model_id}"):
+            self._lock.forget(key)
         _log.info("model_deleted", model=model_id, freed_bytes=freed)
         self.refresh()
         return freed
@@ -130,18 +143,13 @@ class ModelManager:
         """
         files = self._usable(model_id)
         origin = self._origins.get(model_id)
-        if origin is not None:
-            if not self._is_imported(model_id, origin):
-                admit(files)
-            files = await self._imported(model_id, origin)
-        if self._lock.find(model_id) is None:
-            return files
-        if not self._lock.is_unchanged(model_id, files.path):
-            try:
-                await to_thread.run_sync(self._lock.verify, model_id, files.path)
-            except OSError as error:
-                raise LoadFailed(model_id, f"its files cannot be read ({error.strerror})") from error
-        return replace(files, verified=True)
+        if origin is None:
+            return await self._checked(model_id, files)
+        if not self._is_imported(origin):
+            admit(files)
+            if self._is_recorded(model_id, origin):
+                await self._checked(model_id, files)
+        return await self._checked(origin.key, await self._imported(model_id, origin))
 
     def look_up(self, model_id: str) -> ModelFiles:
         """What a load would use, as far as it is on disk already: a GGUF's imported form where there is one.
@@ -150,13 +158,15 @@ class ModelManager:
         """
         files = self._usable(model_id)
         origin = self._origins.get(model_id)
-        if origin is not None and self._is_imported(model_id, origin):
+        if origin is not None and self._is_imported(origin):
             with suppress(FileNotFoundError):
                 return self._describe(model_id, origin.target, list_directory(origin.target, self._root.resolve()))
         return files
 
     async def verify(self, model_id: str) -> list[FileCheck]:
-        """Hashes every file a load would use and holds it against models.lock; empty for a model without a record.
+        """Hashes every file and holds it against models.lock; empty for a model without a record.
+
+        Of a GGUF these are its own, if they were recorded by its download, and those of its import.
 
         Raises ModelNotFound; IntegrityMismatch if models.lock cannot be read.
         """
@@ -164,8 +174,12 @@ class ModelManager:
         if files is None:
             raise self._not_found(model_id)
         origin = self._origins.get(model_id)
-        directory = files.path if origin is None else origin.target
-        return await to_thread.run_sync(self._lock.check, model_id, directory)
+        checks: list[FileCheck] = []
+        if origin is None or self._is_recorded(model_id, origin):
+            checks += await to_thread.run_sync(self._lock.check, model_id, files.path)
+        if origin is not None:
+            checks += await to_thread.run_sync(self._lock.check, origin.key, origin.target)
+        return checks
 
     def _usable(self, model_id: str) -> ModelFiles:
         files = self.find(model_id)
@@ -175,14 +189,31 @@ class ModelManager:
             raise LoadFailed(model_id, files.problem)
         return files
 
-    def _is_imported(self, model_id: str, origin: _Origin) -> bool:
+    async def _checked(self, key: str, files: ModelFiles) -> ModelFiles:
+        """The files, held against the record of that key, if there is one."""
+        if self._lock.find(key) is None:
+            return files
+        if not self._lock.is_unchanged(key, files.path):
+            async with self._hashing[key]:  # of many callers one hashes; the others find it done
+                try:
+                    await to_thread.run_sync(self._lock.verify, key, files.path)
+                except OSError as error:
+                    raise LoadFailed(files.id, f"its files cannot be read ({error.strerror})") from error
+        return replace(files, verified=True)
+
+    def _is_recorded(self, model_id: str, origin: _Origin) -> bool:
+        """True if models.lock knows the GGUF itself."""
         record = self._lock.find(model_id)
+        return record is not None and origin.gguf.name in record.files
+
+    def _is_imported(self, origin: _Origin) -> bool:
+        record = self._lock.find(origin.key)
         return record is not None and record.revision == origin.revision and origin.target.is_dir()
 
     async def _imported(self, model_id: str, origin: _Origin) -> ModelFiles:
         try:
-            if not self._is_imported(model_id, origin):
-                await self._importer.import_gguf(origin.gguf, origin.target, lambda: self._record(model_id, origin))
+            if not self._is_imported(origin):
+                await self._importer.import_gguf(origin.gguf, origin.target, lambda: self._record(origin))
                 self.refresh()
             files = self._describe(model_id, origin.target, list_directory(origin.target, self._root.resolve()))
         except GgufError as error:
@@ -193,14 +224,15 @@ class ModelManager:
             raise LoadFailed(model_id, files.problem)
         return files
 
-    def _record(self, model_id: str, origin: _Origin) -> None:
-        self._lock.record(model_id, origin.target, origin.gguf.name, origin.revision)
+    def _record(self, origin: _Origin) -> None:
+        self._lock.record(origin.key, origin.target, origin.gguf.name, origin.revision)
 
-    def _origin(self, directory: Path, listing: Listing, target: Path) -> _Origin:
+    def _origin(self, model_id: str, directory: Path, listing: Listing) -> _Origin:
         name = listing.ggufs[0]
         status = listing.files[name]
         source = f"{status.st_size}-{status.st_mtime_ns} bits-{self._form.bits}"
-        return _Origin(directory / name, target, _revision(source))
+        key = f"{_IMPORTED}/{model_id}"
+        return _Origin(directory / name, self._root / key, _revision(source), key)
 
     def _directories(self) -> Iterator[tuple[str, Path, Listing]]:
         """``name`` or ``publisher/name`` with its directory, for everything that is or was meant to be a model."""
@@ -223,8 +255,10 @@ class ModelManager:
         self._described[directory] = (listing.fingerprint, files)
         return files
 
-    def _is_verified(self, model_id: str, directory: Path) -> bool:
+    def _is_verified(self, model_id: str, directory: Path, origin: _Origin | None) -> bool:
         try:
+            if origin is not None and self._is_imported(origin):
+                return self._lock.is_unchanged(origin.key, origin.target)
             return self._lock.is_unchanged(model_id, directory)
         except (IntegrityMismatch, OSError):
             return False
@@ -240,7 +274,7 @@ class ModelManager:
         if known is None:
             known = self._described[starter.gguf] = (None, describe_gguf(starter.id, starter.gguf, self._form))
         models[starter.id] = known[1]
-        origins[starter.id] = _Origin(starter.gguf, starter.target, revision)
+        origins[starter.id] = _Origin(starter.gguf, starter.target, revision, starter.id)
 
     def _discard_left_overs(self) -> None:
         """Removes what imports that were killed have left; those that run hold a lock on theirs."""

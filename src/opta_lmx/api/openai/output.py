@@ -21,6 +21,7 @@ class AnswerOutput:
     def __init__(self, generation: Generation, use: ToolUse, choices: int) -> None:
         self._generation = generation
         self._may_stop = use.single
+        self._forced = use.forced
         self._choices = [ChoiceOutput(_parser_for(generation, use), single_call=use.single) for _ in range(choices)]
 
     @property
@@ -38,10 +39,13 @@ class AnswerOutput:
         return bool(self._choices[choice].calls())
 
     def whole(self, choice: int, events: Iterable[OutputEvent]) -> Iterator[OutputEvent]:
-        """All the choice's events without its broken calls, whose text stands in the content as it was written."""
+        """All the choice's events without its broken calls, whose text stands in the content as it was written.
+
+        A forced call that is cut off has no text but what there is of its arguments.
+        """
         good = self._choices[choice].calls()
         for event in events:
-            if isinstance(event, Text | Reasoning) or event.index in good:
+            if self._forced or isinstance(event, Text | Reasoning) or event.index in good:
                 yield event
 
     def add(self, delta: Delta) -> tuple[list[OutputEvent], list[TokenLogprob]]:

@@ -18,6 +18,7 @@ class CallWriter:
         self.any_whole = False
         self.mark = 0
         self._streamed: int | None = None
+        self._sealed = False
 
     def write(self, name: str, arguments: str) -> None:
         """A whole call; raises Malformed for text that cannot be sent."""
@@ -41,16 +42,26 @@ class CallWriter:
         """The cursor stands behind the last brace of the arguments."""
         self._pass_on(self._cursor.pos - 1)
         self._streamed = None
+        self._sealed = True
 
     def close(self) -> None:
         """The call whose arguments were sealed is whole."""
         self.events.append(CallArguments(self.count - 1, "}"))
+        self._sealed = False
         self._whole()
+
+    def cut_off(self) -> None:
+        """The answer ended at the cursor, inside a call that is one whatever is missing of it."""
+        self.flush()
+        self._streamed = None
+        if self._sealed:
+            self.close()
 
     def abandon(self) -> str:
         """Give up the call at the cursor: the text since ``mark``, as written."""
         self.flush()
         self._streamed = None
+        self._sealed = False
         return self._cursor.text[self.mark : self._cursor.pos]
 
     def _whole(self) -> None:

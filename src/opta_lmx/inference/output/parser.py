@@ -28,7 +28,8 @@ class OutputParser:
 
     A call whose arguments have begun to stream and then break off cannot be taken back: its arguments stay without
     their last brace, so they are no JSON, and Text with the whole call as written follows. Who puts together a whole
-    answer drops calls whose arguments are no JSON.
+    answer drops calls whose arguments are no JSON. A forced call that is cut off is never Text: it has the arguments it
+    came to, and is not told of if it ends before them.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class OutputParser:
             yield from self._think(start, end)
         self._reasoning = False
         if self._forced:
-            yield from self._attempt(self._reader.envelope())
+            yield from self._forced_call()
         elif self._calls_table.bare:
             following = yield from self._cursor.peek_spaced()
             if following and following in "{[":
@@ -107,6 +108,18 @@ class OutputParser:
         while (yield from self._prose(found, risky)):
             yield from self._attempt(self._reader.group(self._calls_table))
         self._end_of_text()
+
+    def _forced_call(self) -> Steps[None]:
+        """The call that the answer is. Where the answer ends inside it, what there is of it is a call all the same."""
+        self._writer.mark = self._cursor.pos
+        try:
+            yield from self._reader.envelope()
+        except Malformed:
+            if self._cursor.ended:
+                self._cursor.pos = len(self._cursor.text)
+                self._writer.cut_off()
+            else:
+                self._say(self._writer.abandon())
 
     def _think(self, start: str, end: str) -> Steps[None]:
         """Reasoning up to its closing mark or the end of the answer."""

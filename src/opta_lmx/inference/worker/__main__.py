@@ -1,11 +1,12 @@
 """The worker process: ``python -m opta_lmx.inference.worker --fd N [--echo]``, started by ``worker_client``.
 
-The reader thread blocks on the socket, prepares requests and fills the inbox. The main thread owns the backend:
-it loads, then loops over inbox, step, frame. The socket is the lifeline: at its end the process ends at once, whatever
-the main thread is doing.
+The reader thread blocks on the socket, prepares requests and fills the inbox; those with a grammar go by way of the
+compiler thread. The main thread owns the backend: it loads, then loops over inbox, step, frame. The socket is the
+lifeline: at its end the process ends at once, whatever the main thread is doing.
 """
 
 import argparse
+import gc
 import os
 import queue
 import signal
@@ -13,12 +14,15 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal, NoReturn
 
 from opta_lmx.errors import ContextTooLong, LoadFailed, RequestRejected, UnsupportedParameter, show_failure
 from opta_lmx.inference import protocol
 from opta_lmx.inference.worker.backend import Backend, EncoderBackend, Prepared, PreparedInputs
+from opta_lmx.inference.worker.uncompiled import Uncompiled
 
 _READ_BYTES = 1 << 16
 
@@ -28,13 +32,16 @@ _REST_SECONDS = 5.0
 # The server takes a worker for stuck that is silent for far longer (workers.stall_seconds).
 _TELL_SECONDS = 0.5
 
+# What compiled on trial (``grammar_trial.py``, 4 MiB) must not overflow the stack of the thread that compiles it again.
+_STACK_BYTES = 16 * 1024**2
+
 Inbox = queue.SimpleQueue[
     protocol.Load | Prepared | PreparedInputs | protocol.Cancel | protocol.KvGrant | protocol.Stop
 ]
 
 
 class Pipe:
-    """The socket to the server. Frames may be sent from both threads."""
+    """The socket to the server. Frames may be sent from every thread."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -68,20 +75,32 @@ class Worker:
         self._pipe = pipe
         self._backend: Backend
         self._inbox: Inbox = queue.SimpleQueue()
+        self._uncompiled = Uncompiled()
         self._steps = 0
 
-    def read_forever(self) -> None:
-        """The reader thread. A frame it cannot read, or a bug, ends the process: it must not live on deaf."""
-        try:
-            while True:
-                for frame in self._pipe.receive():
-                    if isinstance(frame, protocol.Generate | protocol.Embed | protocol.Rank):
-                        self._prepare(frame)
-                    else:
-                        self._inbox.put(frame)
-        except Exception as error:  # noqa: BLE001 - the border of the worker's loop: whatever it is, it ends the process
-            sys.stderr.write(f"{show_failure(error)}\n")
-            leave(1)
+    def start(self) -> None:
+        """Start the reader and the compiler thread."""
+        for name, work in (("reader", self._read), ("compiler", self._compile)):
+            threading.Thread(target=_for_ever, args=(work,), name=name, daemon=True).start()
+
+    def _read(self) -> None:
+        for frame in self._pipe.receive():
+            if isinstance(frame, protocol.Generate | protocol.Embed | protocol.Rank):
+                self._prepare(frame)
+            elif not (isinstance(frame, protocol.Cancel) and self._uncompiled.hold(frame)):
+                self._inbox.put(frame)
+
+    def _compile(self) -> None:
+        request = self._uncompiled.take()
+        if self._uncompiled.is_cancelled(request.id):
+            # Nobody reads what it says without its grammar: the cancel is next.
+            self._inbox.put(request)
+        else:
+            with self._refusals(request.id):
+                self._inbox.put(request.compiled())
+        cancel = self._uncompiled.leave(request.id)
+        if cancel is not None:
+            self._inbox.put(cancel)
 
     def run(self, backend: Backend) -> None:
         """The owner thread: say Hello, load once, then serve until Stop."""
@@ -113,6 +132,9 @@ class Worker:
             self._backend = make_encoder_backend()
         try:
             facts = self._backend.load(frame)
+            # What is there now stays: no collection while tokens are made goes through it all.
+            gc.collect()
+            gc.freeze()
         except LoadFailed as error:
             self._pipe.send(protocol.LoadError(error.reason))
             return False
@@ -120,18 +142,27 @@ class Worker:
         return True
 
     def _prepare(self, frame: protocol.Generate | protocol.Embed | protocol.Rank) -> None:
+        with self._refusals(frame.id):
+            prepared = self._prepared(frame)
+            if isinstance(prepared, Prepared) and prepared.compile_grammar is not None:
+                self._uncompiled.put(prepared)
+            else:
+                self._inbox.put(prepared)
+
+    @contextmanager
+    def _refusals(self, id: int) -> Iterator[None]:
         try:
-            self._inbox.put(self._prepared(frame))
+            yield
         except ContextTooLong as error:
             self._pipe.send(
                 protocol.Refused(
-                    frame.id, "context", str(error), error.param, None, error.prompt_tokens, error.context_length
+                    id, "context", str(error), error.param, None, error.prompt_tokens, error.context_length
                 )
             )
         except RequestRejected as error:
             kind: Literal["unsupported", "invalid"]
             kind = "unsupported" if isinstance(error, UnsupportedParameter) else "invalid"
-            self._pipe.send(protocol.Refused(frame.id, kind, str(error), error.param, error.code))
+            self._pipe.send(protocol.Refused(id, kind, str(error), error.param, error.code))
 
     def _prepared(self, frame: protocol.Generate | protocol.Embed | protocol.Rank) -> Prepared | PreparedInputs:
         if isinstance(frame, protocol.Generate):
@@ -162,6 +193,16 @@ class Worker:
             elif isinstance(frame, protocol.Stop):
                 return False
             block = block and not self._backend.has_work()
+
+
+def _for_ever(work: Callable[[], None]) -> NoReturn:
+    """A thread beside the owner's. A frame it cannot read, or a bug, ends the process: it must not live on deaf."""
+    try:
+        while True:
+            work()
+    except Exception as error:  # noqa: BLE001 - the border of the worker's loop: whatever it is, it ends the process
+        sys.stderr.write(f"{show_failure(error)}\n")
+        leave(1)
 
 
 def leave(code: int) -> NoReturn:
@@ -205,7 +246,8 @@ def main() -> NoReturn:
     pipe = Pipe(socket.socket(fileno=arguments.fd))
     worker = Worker(pipe)
     # Before the imports, which take seconds: a server that dies meanwhile must not leave this process behind.
-    threading.Thread(target=worker.read_forever, name="reader", daemon=True).start()
+    threading.stack_size(_STACK_BYTES)
+    worker.start()
     worker.run(make_backend(arguments.echo))
     leave(0)
 

@@ -1,11 +1,11 @@
 """What a worker's engine must do: the Protocol of the MLX backend and of the echo backend.
 
-``__main__`` runs it: ``prepare`` is called on the reader thread, everything else on the owner thread, the
-thread that also called ``load``.
+``__main__`` runs it: ``prepare`` is called on the reader thread, what it gives for compiling a grammar on the compiler
+thread, everything else on the owner thread, the thread that also called ``load``.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from opta_lmx.inference.protocol import Embed, Embedded, Failed, Generate, Load, Rank, Ranked, Refused, Started
@@ -29,6 +29,14 @@ class Prepared:
     in_reasoning: bool = False
     # What its tokens and marks mean, in the backend's own terms.
     speech: Any = None
+    # Makes ``grammar``, in seconds at worst; raises RequestRejected. None for an answer that is free.
+    compile_grammar: Callable[[], Any] | None = None
+
+    def compiled(self) -> "Prepared":
+        """The request as ``add`` takes it; raises RequestRejected naming the field if its grammar cannot be used."""
+        if self.compile_grammar is None:
+            return self
+        return replace(self, grammar=self.compile_grammar(), compile_grammar=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ class SentenceConfig:
 def read_sentence_config(directory: Path) -> SentenceConfig:
     """What modules.json and the files it names say; without them the mean of the hidden states, as they are.
 
-    Raises ValueError for a step that is not supported, and what reading JSON raises.
+    Raises ValueError for a step that is not supported or is not in the directory, and what reading JSON raises.
     """
     text = _read(directory / "sentence_bert_config.json")
     pooling: Pooling = "mean"
@@ -41,12 +41,20 @@ def read_sentence_config(directory: Path) -> SentenceConfig:
     for module in _read(directory / "modules.json", []):
         kind = str(module["type"]).rpartition(".")[2]
         if kind == "Pooling":
-            pooling = _pooling(_read(directory / module["path"] / "config.json"))
+            pooling = _pooling(_read(_within(directory, module["path"]) / "config.json"))
         elif kind == "Normalize":
             normalise = True
         elif kind != "Transformer":
             raise ValueError(f"modules.json asks for a step of type {kind!r}, which is not supported")
     return SentenceConfig(pooling, normalise, text.get("max_seq_length"), bool(text.get("do_lower_case")))
+
+
+def _within(directory: Path, folder: str) -> Path:
+    """A folder of the model; its files may be links, as in the hub's cache, but the folder leads nowhere else."""
+    path = directory / folder
+    if ".." in Path(folder).parts or not path.resolve().is_relative_to(directory.resolve()):
+        raise ValueError("modules.json names a path that leaves the model's directory")
+    return path
 
 
 def _pooling(config: JsonObject) -> Pooling:

@@ -1,6 +1,7 @@
 """The MLX backend: vllm-mlx's loader and our scheduler over vllm-mlx's, behind the Backend protocol."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from opta_lmx.inference.worker.prompts import PromptReader
 from opta_lmx.inference.worker.scheduler import LmxScheduler
 from opta_lmx.inference.worker.sequence import Sequence
 from opta_lmx.inference.worker.structured import Grammar, GrammarCompiler
-from opta_lmx.types import LoadOptions, ModelFacts
+from opta_lmx.types import LoadOptions, ModelFacts, Structured
 
 # For architectures whose config names no limit (state-space models have none of their own).
 _UNBOUNDED_CONTEXT_TOKENS = 32_768
@@ -110,11 +111,9 @@ class VllmBackend:
         token_ids = self._reader.read(frame.prompt, context, opening)
         in_reasoning = speech.marks.in_reasoning(token_ids)
         boundaries = self._reader.boundaries(frame.prompt, token_ids) if self._wants_boundaries else ()
-        # Compiled here, so that a schema that cannot be used is refused before the request takes a place.
-        grammar = None
+        compile_grammar = None
         if frame.structured is not None:
-            matcher, or_call = self._grammars.compile(frame.structured), frame.structured.or_call
-            grammar = partial(_new_grammar, matcher, speech.marks, token_ids, or_call)
+            compile_grammar = partial(self._compile, frame.structured, speech.marks, token_ids)
         room = context - len(token_ids)
         wanted = room if sampling.max_tokens is None else sampling.max_tokens
         return Prepared(
@@ -123,11 +122,15 @@ class VllmBackend:
             token_ids,
             min(wanted, room),
             sampling,
-            grammar,
-            boundaries,
-            in_reasoning,
-            speech,
+            boundaries=boundaries,
+            in_reasoning=in_reasoning,
+            speech=speech,
+            compile_grammar=compile_grammar,
         )
+
+    def _compile(self, wanted: Structured, marks: Marks, token_ids: list[int]) -> Callable[[], Grammar]:
+        """Called before the request takes a place, so that a schema that cannot be used is refused in time."""
+        return partial(_new_grammar, self._grammars.compile(wanted), marks, token_ids, wanted.or_call)
 
     def add(self, request: Prepared) -> None:
         """Put a request in line for the batch."""
