@@ -280,3 +280,27 @@ def test_a_short_request_passes_two_long_prefills(tiny: Tiny) -> None:
     engine.ask(2, model.prompt(20), max_tokens=5)
     engine.steps(3)
     assert engine.answers[2, 0].tokens
+
+
+def test_whoever_needs_memory_asks_before_the_next_chunk(tiny: Tiny) -> None:
+    """The step that asks computes nothing, so that the answer can let them in; the one after it waits no longer."""
+    model = tiny("llama")
+    for answered in (True, False):
+        one = KvBooks(model.shape, None).need(1, 512)
+        books = KvBooks(model.shape, one)
+        engine = Engine(model, LoadOptions(prefill_chunk_tokens=64), books=books)
+        engine.ask(1, model.prompt(400), max_tokens=4, ignore_eos=True)
+        engine.step()
+        engine.ask(2, model.prompt(20), max_tokens=4, ignore_eos=True)
+        model.model.shapes.clear()
+        assert engine.step().asks_first
+        assert (model.model.computed, len(engine.wanted)) == (0, 1)
+        if answered:
+            engine.scheduler.grant_kv(engine.wanted[0])
+        result = engine.step()
+        assert not result.asks_first
+        assert model.model.computed > 0
+        assert [started.id for started in result.started] == ([2] if answered else [])
+        engine.scheduler.grant_kv(2 * one)
+        engine.run().assert_empty()
+        assert engine.said(2) == alone(model, model.prompt(20), max_tokens=4, ignore_eos=True)

@@ -31,6 +31,8 @@ _REST_SECONDS = 5.0
 
 # The server takes a worker for stuck that is silent for far longer (workers.stall_seconds).
 _TELL_SECONDS = 0.5
+# What the server's answer to a question may take before the next step is made without it: it has a loop to get round.
+_ANSWER_SECONDS = 0.005
 
 # What compiled on trial (``grammar_trial.py``, 4 MiB) must not overflow the stack of the thread that compiles it again.
 _STACK_BYTES = 16 * 1024**2
@@ -110,9 +112,11 @@ class Worker:
         if not isinstance(frame, protocol.Load) or not self._load(frame):
             return
         told_at = 0.0
-        while self._drain():
+        asked = False
+        while self._drain(_ANSWER_SECONDS if asked else 0.0):
             result = self._backend.step()
             self._steps += 1
+            asked = result.asks_first
             running, waiting = self._backend.running()
             frames: list[protocol.FromWorker] = [*result.started, *result.failed, *result.refused, *result.answers]
             if result.wants_kv_bytes is not None:
@@ -171,12 +175,12 @@ class Worker:
             return self._backend.prepare_inputs(frame)
         raise UnsupportedParameter("This model writes text and makes no embeddings.", param="model")
 
-    def _drain(self) -> bool:
-        """Take what has arrived, waiting for it if there is no work; False after Stop."""
+    def _drain(self, patience_seconds: float) -> bool:
+        """Take what has arrived, waiting for it if there is no work, and so long for a grant; False after Stop."""
         block = not self._backend.has_work()
         while True:
             try:
-                frame = self._inbox.get(block, _REST_SECONDS)
+                frame = self._inbox.get(block or patience_seconds > 0, _REST_SECONDS if block else patience_seconds)
             except queue.Empty:
                 if not block:
                     return True
@@ -190,6 +194,7 @@ class Worker:
                 self._backend.cancel(frame.id)
             elif isinstance(frame, protocol.KvGrant):
                 self._backend.grant_kv(frame.granted_bytes)
+                patience_seconds = 0.0
             elif isinstance(frame, protocol.Stop):
                 return False
             block = block and not self._backend.has_work()

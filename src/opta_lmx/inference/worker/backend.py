@@ -49,6 +49,8 @@ class StepResult:
     refused: Sequence[Refused] = ()
     # Bytes of KV cache to ask the server for.
     wants_kv_bytes: int | None = None
+    # Nothing was computed yet: the answer may let somebody in who would wait for a chunk otherwise.
+    asks_first: bool = False
     # What an encoder made.
     answers: Sequence[Embedded | Ranked] = ()
 

@@ -107,6 +107,9 @@ class LmxScheduler(Scheduler):  # type: ignore[misc]
             self._paused += self.batch_generator.make_room()
             self._resume_paused()
             started, refused = self._schedule_waiting()
+            if self.waiting and len(self.batch_generator.prefills) and (question := self._books.question()) is not None:
+                # The answer is here in a millisecond, and a chunk may take a hundred: whoever waits asks first.
+                return StepResult(started, deltas, [], refused, question, asks_first=True)
             stepped = self.batch_generator.next()
         except RuntimeError as error:
             stepped, failed = [], self._fail_running(str(error))
