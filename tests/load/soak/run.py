@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import anyio
 import httpx
+import msgspec
 import psutil
 
 from opta_lmx.types import EchoOptions
@@ -79,8 +80,7 @@ def build_models(directory: Path) -> None:
     build_tiny_model(directory / TALKERS[1], "gemma3_text")
     build_tiny_encoder(directory / ENCODER)
     (directory / ECHO).mkdir()
-    options = EchoOptions(token_seconds=0.002)
-    (directory / ECHO / "echo.json").write_text(json.dumps({"token_seconds": options.token_seconds}))
+    (directory / ECHO / "echo.json").write_bytes(msgspec.json.encode(EchoOptions(token_seconds=0.002)))
 
 
 def _command(port: int, home: Path) -> list[str]:

@@ -9,7 +9,7 @@ from opta_lmx.inference.worker.geometry import CacheGeometry
 # mlx-lm grows a cache by this many tokens at a time.
 _STEP_TOKENS = 256
 
-# Asked for on top of what is needed, but at most as much again: a question costs a step, and work rarely stops growing.
+# Asked for on top of what is needed, but at most as much again: work rarely stops growing, and questions take time.
 _SPARE_BYTES = 256 * 1024**2
 
 
