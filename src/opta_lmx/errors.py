@@ -149,6 +149,9 @@ class ModelLoading(Busy):
 class Draining(Busy):
     """The server is shutting down and takes no new work."""
 
+    def __init__(self, message: str = "The server is shutting down.", retry_after_seconds: float = 1.0) -> None:
+        super().__init__(message, retry_after_seconds)
+
 
 class NoRoom(LmxError):
     """A resource is too small for what was asked."""

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from opta_lmx.types import EchoOptions
+from tests.load.bench.processes import is_running
 
 # Id -> what it is: an echo model, or a model directory to copy.
 Models: TypeAlias = Mapping[str, EchoOptions | Path]
@@ -93,18 +94,11 @@ class RunningServer:
 def wait_gone(processes: Iterable[psutil.Process], seconds: float = 5.0) -> list[psutil.Process]:
     """Those of some processes that still run after at most so many seconds; one nobody has reaped runs no more."""
     deadline = time.monotonic() + seconds
-    left = [process for process in processes if _is_running(process)]
+    left = [process for process in processes if is_running(process)]
     while left and time.monotonic() < deadline:
         time.sleep(0.01)
-        left = [process for process in left if _is_running(process)]
+        left = [process for process in left if is_running(process)]
     return left
-
-
-def _is_running(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class StartServer(Protocol):

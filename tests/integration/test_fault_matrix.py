@@ -157,17 +157,18 @@ async def queued(cell: Cell) -> None:
 
 async def in_prefill(cell: Cell) -> None:
     """Nothing was made yet: it is done again."""
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(cell.request)
-        await cell.until_phase("prefill")
-        await cell.strike()
+    await _strike_in("prefill", cell)
 
 
 async def in_decode(cell: Cell) -> None:
     """What was made is gone: the client is told."""
+    await _strike_in("decode", cell)
+
+
+async def _strike_in(phase: str, cell: Cell) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(cell.request)
-        await cell.until_phase("decode")
+        await cell.until_phase(phase)
         await cell.strike()
 
 

@@ -46,8 +46,7 @@ async def read_object(request: Request) -> JsonObject:
     Raises BodyTooLarge past ``server.max_body_bytes`` (without reading further), InvalidRequest for anything but an
     object of JSON in UTF-8, and starlette's ClientDisconnect if the client leaves meanwhile.
     """
-    body = b"".join(await read_pieces(request))
-    return parse_object(body) if is_quick(body) else await to_thread.run_sync(parse_object, body)
+    return await understand(request, lambda body: body)
 
 
 async def understand(request: Request, work: Callable[[JsonObject], Result]) -> Result:

@@ -67,6 +67,13 @@ def validate(shape: type[Shape], body: JsonObject) -> Shape:
         raise _to_invalid_request(error.errors(include_url=False)[0]) from None
 
 
+def validate_request(shape: type[Shape], body: JsonObject) -> Shape:
+    """``validate`` for a request to a model: a missing one OpenAI tells in its own words, before it looks further."""
+    if not body.get("model"):
+        raise InvalidRequest("you must provide a model parameter")
+    return validate(shape, body)
+
+
 def missing(param: str) -> InvalidRequest:
     """The refusal of a request without ``param``."""
     return InvalidRequest(f"Missing required parameter: {param!r}.", param=param, code="missing_required_parameter")

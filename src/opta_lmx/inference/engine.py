@@ -262,7 +262,7 @@ class InferenceEngine:
 
     def _admit_name(self, name: str) -> str:
         if self.draining:
-            raise Draining("The server is shutting down.", retry_after_seconds=5.0)
+            raise Draining(retry_after_seconds=5.0)
         return self.resolve(name)
 
     def _admission(self, model_id: str) -> Admission:

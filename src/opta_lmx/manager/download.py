@@ -21,7 +21,8 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from opta_lmx.config import DownloadsConfig
-from opta_lmx.errors import Conflict, DiskFull, DownloadError, HubUnreachable, LmxError
+from opta_lmx.errors import Conflict, DiskFull, DownloadError, Draining, HubUnreachable, LmxError
+from opta_lmx.manager.child import spawn
 from opta_lmx.manager.download_job import Download, DownloadState, Job
 from opta_lmx.manager.hub import (
     DEFAULT_ENDPOINT,
@@ -38,7 +39,6 @@ from opta_lmx.manager.hub import (
 from opta_lmx.manager.hub_token import find_token
 from opta_lmx.manager.integrity import ModelRecord, ModelsLock
 from opta_lmx.manager.model import ModelManager
-from opta_lmx.manager.processes import draining
 from opta_lmx.monitoring.logging import get_logger
 from opta_lmx.types import TaskStarter
 
@@ -106,7 +106,7 @@ class DownloadManager:
         with something else in it or the repository is being downloaded in another way; Draining after ``close``.
         """
         if self._closing:
-            raise draining()
+            raise Draining()
         check_wish(repo_id, revision, allow_patterns)
         patterns = tuple(allow_patterns or ())
         running = (job for job in self._jobs.values() if not job.state.is_last)
@@ -124,7 +124,7 @@ class DownloadManager:
         return job.snapshot()
 
     def _cut_off(self, repo_id: str) -> LmxError:
-        return draining() if self._closing else Conflict(f"The download of {repo_id!r} was cancelled.")
+        return Draining() if self._closing else Conflict(f"The download of {repo_id!r} was cancelled.")
 
     def list(self) -> tuple[Download, ...]:
         """Downloads that run and the last that ended, oldest first."""
@@ -260,17 +260,8 @@ class DownloadManager:
             root=str(self._root),
             patience=self._machine.patience,
         )
-        # Whole or not at all: what is cancelled half way through would leave a process that nobody waits for.
-        with anyio.CancelScope(shield=True):
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "opta_lmx.manager.fetch"),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                limit=_MAX_LINE_BYTES,
-                env=environ,
-                start_new_session=True,
-            )
+        command = (sys.executable, "-m", "opta_lmx.manager.fetch")
+        process = await spawn(*command, env=environ, line_bytes=_MAX_LINE_BYTES)
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(order) + b"\n")
         return process

@@ -18,10 +18,10 @@ from pathlib import Path
 import anyio
 from anyio import to_thread
 
-from opta_lmx.errors import LmxError
+from opta_lmx.errors import Draining, LmxError
+from opta_lmx.manager.child import spawn
 from opta_lmx.manager.gguf import GgufError, inspect
 from opta_lmx.manager.gguf_size import ImportForm
-from opta_lmx.manager.processes import draining
 from opta_lmx.monitoring.logging import get_logger
 
 _log = get_logger(__name__)
@@ -97,7 +97,7 @@ class GgufImporter:
             if not running.abandoned:
                 return
         if self._closing:
-            raise draining()
+            raise Draining()
         job = self._jobs[target] = _Job()
         started = self._now()
         try:
@@ -105,7 +105,7 @@ class GgufImporter:
             with job.scope:
                 await self._run(source, target, job)
             if job.scope.cancelled_caught:
-                raise draining()
+                raise Draining()
             if finish is not None:
                 await to_thread.run_sync(finish)
             job.abandoned = False
@@ -126,18 +126,11 @@ class GgufImporter:
 
     async def _run(self, source: Path, target: Path, job: _Job) -> None:
         """Runs the job to its end; kills it when cancelled or stalled. A job that fails leaves nothing behind."""
-        # Whole or not at all: what is cancelled half way through would leave a process that nobody waits for.
-        with anyio.CancelScope(shield=True):
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "opta_lmx.inference.worker.convert", os.fspath(source), os.fspath(target)),
-                *("--precision", "full" if self._form.full else "half", "--bits", str(self._form.bits)),
-                # The write end closes with this process, which ends the job.
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,
-            )
+        process = await spawn(
+            sys.executable,
+            *("-m", "opta_lmx.inference.worker.convert", os.fspath(source), os.fspath(target)),
+            *("--precision", "full" if self._form.full else "half", "--bits", str(self._form.bits)),
+        )
         assert process.stderr is not None
         tail = bytearray()
         try:

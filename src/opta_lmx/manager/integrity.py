@@ -204,7 +204,7 @@ class ModelsLock:
             sha256, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
             while size := file.readinto(chunk):
                 if self._closing:
-                    raise Draining("The server is shutting down.")
+                    raise Draining()
                 sha256.update(chunk[:size])
         return FileRecord(status.st_size, sha256.hexdigest(), status.st_mtime_ns, status.st_ino)
 

@@ -127,7 +127,7 @@ class ModelManager:
                 shutil.rmtree(directory)
                 if directory.parent != self._root and not any(directory.parent.iterdir()):
                     directory.parent.rmdir()
-        for key in (model_id, f"{_IMPORTED}/{model_id}"):
+        for key in (model_id, _import_key(model_id)):
             self._lock.forget(key)
         _log.info("model_deleted", model=model_id, freed_bytes=freed)
         self.refresh()
@@ -231,7 +231,7 @@ class ModelManager:
         name = listing.ggufs[0]
         status = listing.files[name]
         source = f"{status.st_size}-{status.st_mtime_ns} bits-{self._form.bits}"
-        key = f"{_IMPORTED}/{model_id}"
+        key = _import_key(model_id)
         return _Origin(directory / name, self._root / key, _revision(source), key)
 
     def _directories(self) -> Iterator[tuple[str, Path, Listing]]:
@@ -286,6 +286,11 @@ class ModelManager:
 
     def _not_found(self, model_id: str) -> ModelNotFound:
         return ModelNotFound(model_id, difflib.get_close_matches(model_id, self._models, n=3))
+
+
+def _import_key(model_id: str) -> str:
+    """Where the import of a GGUF lies below the models directory, and what models.lock calls it."""
+    return f"{_IMPORTED}/{model_id}"
 
 
 def _revision(source: str) -> str:

@@ -66,7 +66,7 @@ class ModelProcesses:
         self.tasks.start_soon(self._run_load, record, record.process, options)
 
     async def _run_load(self, record: Record, process: Process, options: LoadOptions) -> None:
-        outcome: Worker | LmxError = draining()
+        outcome: Worker | LmxError = Draining()
         started = self.now()
         try:
             with anyio.CancelScope() as process.scope:
@@ -168,8 +168,3 @@ class ModelProcesses:
         _log.info("model_unloaded", model=record.id, freed_bytes=freed, used_bytes=used)
         record.answer_unloads(freed)
         self.settle()
-
-
-def draining() -> Draining:
-    """The refusal of a server that is shutting down."""
-    return Draining("The server is shutting down.")

@@ -35,10 +35,10 @@ import msgspec
 
 from opta_lmx.config import WorkersConfig
 from opta_lmx.config_models import ModelsConfig
-from opta_lmx.errors import Conflict, InvalidRequest, ModelLoading, ModelNotFound
+from opta_lmx.errors import Conflict, Draining, InvalidRequest, ModelLoading, ModelNotFound
 from opta_lmx.manager.changes import ModelChange
 from opta_lmx.manager.memory import LoadPlan, MemoryMonitor, Verdict, plan_load
-from opta_lmx.manager.processes import ModelProcesses, draining
+from opta_lmx.manager.processes import ModelProcesses
 from opta_lmx.manager.resident import Hold, Lease, LoadResult, Record, ResidentModel, UnloadResult, Waiter
 from opta_lmx.manager.restarts import next_start
 from opta_lmx.monitoring.logging import get_logger
@@ -229,7 +229,7 @@ class Residency:
         with anyio.move_on_after(2 * self.stop_grace_seconds + 1, shield=True):
             async with anyio.create_task_group() as group:
                 for record in self._records.values():
-                    record.fail_waiters(draining())
+                    record.fail_waiters(Draining())
                     if record.process is not None:
                         group.start_soon(self._processes.close_one, record, record.process)
 
@@ -242,7 +242,7 @@ class Residency:
 
     async def _acquire(self, files: ModelFiles, ttl_seconds: float | None) -> Lease:
         if self._processes.closing:
-            raise draining()
+            raise Draining()
         if files.id in self._kept_out:
             raise Conflict(f"The files of {files.id!r} are being changed.")
         record = self._records.get(files.id)

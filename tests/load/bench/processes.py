@@ -85,6 +85,14 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
+def is_running(process: psutil.Process) -> bool:
+    """False once it has ended; one nobody has reaped runs no more."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 async def _end(process: Process) -> None:
     """Ask, wait, kill; then kill what it started and left behind."""
     children = descendants(process.pid) if process.returncode is None else []

@@ -15,7 +15,7 @@ import msgspec
 import psutil
 
 from opta_lmx.types import EchoOptions
-from tests.load.bench.processes import descendants, own_python
+from tests.load.bench.processes import descendants, is_running, own_python
 from tests.load.bench.targets import HOST, Launch, started
 from tests.load.soak.sheet import End, Reading, Sheet
 from tests.load.soak.traffic import ADMIN_KEY, ECHO, ENCODER, KEYS, MODELS, TALKERS, draw
@@ -203,16 +203,13 @@ async def _get(client: httpx.AsyncClient, path: str) -> dict[str, Any]:
 async def _stop(sheet: Sheet, process: psutil.Process) -> None:
     children = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
-    await until(lambda: _has_ended(process), _SETTLE)
-    left = [child.pid for child in children if not await _has_ended(child)]
+
+    async def has_ended() -> bool:
+        return not is_running(process)
+
+    await until(has_ended, _SETTLE)
+    left = [child.pid for child in children if is_running(child)]
     sheet.hold("processes left after SIGTERM", left or 0, 0, holds=not left)
-
-
-async def _has_ended(process: psutil.Process) -> bool:
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _read_log(sheet: Sheet, log: Path) -> None:

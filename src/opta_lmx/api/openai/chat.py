@@ -22,7 +22,7 @@ from opta_lmx.api.openapi import MODEL_ERRORS, errors, event_stream, request_bod
 from opta_lmx.api.parsing import is_quick, parse_object, read_pieces
 from opta_lmx.api.services import Services
 from opta_lmx.api.sse import EventStream, cache_header
-from opta_lmx.api.validation import validate, wrong_value
+from opta_lmx.api.validation import validate_request, wrong_value
 from opta_lmx.config_models import Preset
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
 from opta_lmx.types import ChatPrompt, EncodedPrompt, GenerateRequest, JsonObject, SamplingParams, encode_prompt
@@ -104,11 +104,7 @@ def _understand_apart(
 
 def _understand(request_id: str, preset_of: Callable[[str], Preset | None], body: bytes) -> _Understood:
     """All that is done with a request before it is handed on."""
-    fields = parse_object(body)
-    # OpenAI answers this one case in its own words, and before it looks at anything else.
-    if not fields.get("model"):
-        raise InvalidRequest("you must provide a model parameter")
-    chat = validate(ChatRequest, fields)
+    chat = validate_request(ChatRequest, parse_object(body))
     use = to_tool_use(chat)
     return chat, use, to_generate_request(chat, request_id, preset_of(chat.model), use=use)
 

@@ -20,7 +20,7 @@ from opta_lmx.api.openapi import MODEL_ERRORS, errors, event_stream, request_bod
 from opta_lmx.api.parsing import understand
 from opta_lmx.api.services import Services
 from opta_lmx.api.sse import EventStream, EventWriter, cache_header
-from opta_lmx.api.validation import validate
+from opta_lmx.api.validation import validate_request
 from opta_lmx.config_models import Preset
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
 from opta_lmx.inference.engine import Generation, InferenceEngine
@@ -79,10 +79,7 @@ async def create_completion(request: Request) -> Response:
 def _understand(
     request_id: str, preset_of: Callable[[str], Preset | None], body: JsonObject
 ) -> tuple[CompletionRequest, list[GenerateRequest]]:
-    # OpenAI answers this one case in its own words, and before it looks at anything else.
-    if not body.get("model"):
-        raise InvalidRequest("you must provide a model parameter")
-    completion = validate(CompletionRequest, body)
+    completion = validate_request(CompletionRequest, body)
     return completion, to_generate_requests(completion, request_id, preset_of(completion.model))
 
 

@@ -20,7 +20,7 @@ from opta_lmx.api.openai.wire_text import EmbeddingList, EmbeddingsRequest, read
 from opta_lmx.api.openapi import MODEL_ERRORS, errors, request_body
 from opta_lmx.api.parsing import understand
 from opta_lmx.api.services import Services
-from opta_lmx.api.validation import missing, validate
+from opta_lmx.api.validation import missing, validate_request
 from opta_lmx.errors import InvalidRequest
 from opta_lmx.inference.embedding import EmbedRequest
 from opta_lmx.types import JsonObject, TextPrompt
@@ -63,10 +63,7 @@ async def create_embeddings(request: Request) -> Response:
 
 def _understand(request_id: str, body: JsonObject) -> tuple[EmbedRequest, Callable[[bytes], Any]]:
     """The request, and how a vector is written."""
-    # OpenAI answers this one case in its own words, and before it looks at anything else.
-    if not body.get("model"):
-        raise InvalidRequest("you must provide a model parameter")
-    embeddings = validate(EmbeddingsRequest, body)
+    embeddings = validate_request(EmbeddingsRequest, body)
     write = _to_base64 if embeddings.encoding_format == "base64" else _to_numbers
     return to_embed_request(embeddings, request_id), write
 

@@ -1,5 +1,7 @@
 """POST /v1/rerank, as Jina and Cohere have it: documents by how relevant they are to a query."""
 
+from functools import partial
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -10,8 +12,7 @@ from opta_lmx.api.openai.wire_text import RerankAnswer, RerankRequest
 from opta_lmx.api.openapi import MODEL_ERRORS, errors, request_body
 from opta_lmx.api.parsing import understand
 from opta_lmx.api.services import Services
-from opta_lmx.api.validation import validate
-from opta_lmx.errors import InvalidRequest
+from opta_lmx.api.validation import validate_request
 from opta_lmx.inference.embedding import RankRequest
 from opta_lmx.types import JsonObject
 
@@ -33,7 +34,7 @@ router = APIRouter()
 )
 async def rerank(request: Request) -> Response:
     """Order documents by relevance: a cross-encoder's scores (0 to 1), or an embedding model's cosines (-1 to 1)."""
-    asked = await understand(request, _understand)
+    asked = await understand(request, partial(validate_request, RerankRequest))
     services: Services = request.app.state.services
     model_id = services.engine.resolve(asked.model)
     texts = tuple(document if isinstance(document, str) else document.text for document in asked.documents)
@@ -48,9 +49,3 @@ async def rerank(request: Request) -> Response:
     usage = {"prompt_tokens": answer.prompt_tokens, "total_tokens": answer.prompt_tokens}
     answered = {"id": f"rerank-{request.app.state.new_id()}", "object": "list", "model": model_id}
     return json_response({**answered, "results": results, "usage": usage})
-
-
-def _understand(body: JsonObject) -> RerankRequest:
-    if not body.get("model"):
-        raise InvalidRequest("you must provide a model parameter")
-    return validate(RerankRequest, body)

@@ -1,8 +1,7 @@
 """What a request says about the form of its answer, as one grammar.
 
 OpenAI's ``response_format``, and vLLM's ``structured_outputs`` for the forms OpenAI has no word for, or its older
-``guided_json`` and the like. Whether a schema
-or a pattern can be used is found by its compiler, in the worker.
+``guided_json`` and the like. Whether a schema or a pattern can be used is found by its compiler, in the worker.
 """
 
 import msgspec

@@ -136,12 +136,11 @@ class Worker:
             self._backend = make_encoder_backend()
         try:
             facts = self._backend.load(frame)
-            # What is there now stays: no collection while tokens are made goes through it all.
-            gc.collect()
-            gc.freeze()
         except LoadFailed as error:
             self._pipe.send(protocol.LoadError(error.reason))
             return False
+        # What is there now stays: no collection while tokens are made goes through it all.
+        gc.freeze()
         self._pipe.send(protocol.Ready(facts, time.monotonic() - started, self._backend.memory()[0]))
         return True
 

@@ -6,10 +6,15 @@ decoded by that map; any other by the tokenizer's own decoder over a sliding win
 
 import codecs
 import json
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
+from opta_lmx.types import TokenLogprob
+
 _SPACE_MARK = "\u2581"  # SentencePiece's stand-in for a space
+
+# OpenAI's floor for a token that cannot occur; -inf is not JSON.
+_LEAST_LOGPROB = -9999.0
 
 
 def byte_level_alphabet() -> dict[str, int]:
@@ -63,6 +68,11 @@ class TokenTable:
         """The same with the special ones, as a prompt is shown."""
         text: str = self._backend.decode(tokens, skip_special_tokens=False)
         return text
+
+    def scored(self, token: int, logprob: float, top: Sequence[TokenLogprob] = ()) -> TokenLogprob:
+        """A token on its own with its log-probability, and the alternatives to it."""
+        raw = self.raw(token)
+        return TokenLogprob(raw.decode("utf-8", "replace"), max(logprob, _LEAST_LOGPROB), raw, list(top))
 
     def _find(self, token: int) -> bytes:
         name: str | None = self._added.get(token) or self._tokenizer.convert_ids_to_tokens(token)

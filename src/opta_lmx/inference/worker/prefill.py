@@ -49,6 +49,11 @@ class Prefill:
         """Tokens still to process."""
         return self.target - self.done
 
+    @property
+    def may_share(self) -> bool:
+        """True if it may be completed in one forward with others: work is left, and no logits are wanted."""
+        return self.remaining > 0 and self.scores is None
+
 
 class ChunkPolicy:
     """Bounds the time one chunk may take. Pure but for what it is told."""
@@ -182,9 +187,9 @@ class PrefillQueue:
         cost = 0
         while prefills:
             group = prefills[:1]
-            if self._in_groups and prefills[0].remaining > 0 and prefills[0].scores is None:
+            if self._in_groups and prefills[0].may_share:
                 longest = _GROUP_SPREAD * prefills[0].remaining
-                group = [one for one in prefills if 0 < one.remaining <= longest and one.scores is None]
+                group = [prefill for prefill in prefills if prefill.may_share and prefill.remaining <= longest]
             prefills = [prefill for prefill in prefills if prefill not in group]
             if len(group) > 1:
                 cost += self._advance_group(group)

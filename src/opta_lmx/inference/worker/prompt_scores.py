@@ -8,14 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from opta_lmx.inference.worker.detokenizer import TokenTable
-from opta_lmx.types import TokenLogprob
 
 # Of float32 logits at a time; the passes over them need as much again.
 _LOGITS_BYTES = 32 * 1024**2
 _MOST_TOKENS = 128
-
-# OpenAI's floor for a token that cannot occur; -inf is not JSON.
-_LEAST = -9999.0
 
 
 class PromptScores:
@@ -26,7 +22,7 @@ class PromptScores:
         self._token_ids = token_ids
         self._top = top
         # Nothing precedes the first token, so it has no score; readers leave its 0 out.
-        self.entries = [TokenLogprob(*self._name(token_ids[0]), [])]
+        self.entries = [table.scored(token_ids[0], 0.0)]
 
     @staticmethod
     def most_tokens(vocab_size: int) -> int:
@@ -50,13 +46,5 @@ class PromptScores:
         values = np.array(scores)[:, 0]
         tops = [(np.array(ids)[:, 0], np.array(found)[:, 0]) for ids, found in best]
         for at in range(count):
-            top = [self._entry(int(ids[at]), float(found[at])) for ids, found in tops]
-            self.entries.append(self._entry(self._token_ids[begin + at], float(values[at]), top))
-
-    def _entry(self, token: int, score: float, top: list[TokenLogprob] | None = None) -> TokenLogprob:
-        text, _, raw = self._name(token)
-        return TokenLogprob(text, max(score, _LEAST), raw, top or [])
-
-    def _name(self, token: int) -> tuple[str, float, bytes]:
-        raw = self._table.raw(token)
-        return raw.decode("utf-8", "replace"), 0.0, raw
+            top = [self._table.scored(int(ids[at]), float(found[at])) for ids, found in tops]
+            self.entries.append(self._table.scored(self._token_ids[begin + at], float(values[at]), top))

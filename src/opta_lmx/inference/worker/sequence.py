@@ -126,10 +126,5 @@ def _logprob(table: TokenTable, logits: Logits, token: int, top: int) -> TokenLo
     normaliser = peak + np.log(np.exp(row - peak).sum())
     best = np.argpartition(-row, min(top, len(row) - 1))[:top] if top else np.empty(0, dtype=np.intp)
     best = best[np.argsort(-row[best], kind="stable")]
-
-    def entry(id: int) -> tuple[str, float, bytes]:
-        raw = table.raw(id)
-        # OpenAI's floor for a token that cannot occur; -inf is not JSON.
-        return raw.decode("utf-8", "replace"), max(float(row[id] - normaliser), -9999.0), raw
-
-    return TokenLogprob(*entry(token), [TokenLogprob(*entry(int(id))) for id in best])
+    alternatives = [table.scored(int(id), float(row[id] - normaliser)) for id in best]
+    return table.scored(token, float(row[token] - normaliser), alternatives)
