@@ -55,6 +55,9 @@ class Preset(Section):
     reasoning_format: ReasoningFormat | None = Field(
         default=None, description="How reasoning is marked; null: the model's."
     )
+    media: Literal["refuse", "note"] = Field(
+        default="refuse", description="Images, audio and files: refused, or noted to the model as left out."
+    )
 
 
 class PerModel(Section):

@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 STARTER: Final = "smollm2-135m-instruct"
 
 # A name the tools know, for the starter cut short at the first of these, none of which stands in compact JSON: what is
-# examined is the shape of the answers. The name is of those llm-comply takes for a reasoning model.
+# examined is the shape of the answers. The name is of those llm-comply takes for a reasoning model. It sends an image
+# to every model: this preset has it noted.
 SHORT: Final = "gpt-5"
-_SHORTENED: Final = {"model": STARTER, "sampling": {"temperature": 0, "stop": [".", ", ", "'", "\n"]}}
+_SHORTENED: Final = {
+    "model": STARTER,
+    "sampling": {"temperature": 0, "stop": [".", ", ", "'", "\n"]},
+    "media": "note",
+}
 
 # Seconds for one program: a few are usual, ten on a busy machine.
 _RUN_BOUND: Final = 120

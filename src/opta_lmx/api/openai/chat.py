@@ -118,7 +118,8 @@ def to_generate_request(
     """
     use = use or to_tool_use(chat)
     _refuse_unsupported(chat)
-    messages, variables = to_template_messages(chat.messages), _template_kwargs(chat)
+    note_media = preset is not None and preset.media == "note"
+    messages, variables = to_template_messages(chat.messages, note_media=note_media), _template_kwargs(chat)
     if preset is not None:
         chat = filled_from(preset, chat)
         variables = {**preset.template_kwargs, **variables}

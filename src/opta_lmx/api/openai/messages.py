@@ -7,25 +7,34 @@ from opta_lmx.api.validation import missing, wrong_value
 from opta_lmx.errors import UnsupportedParameter
 from opta_lmx.types import JsonObject
 
-# Parts that a text model cannot read; all are OpenAI's but the video.
-_MEDIA = {"image_url": "images", "input_audio": "audio", "file": "files", "video_url": "videos"}
-
+# Parts that a text model cannot read, one of them and several; all are OpenAI's but the video.
+_MEDIA = {
+    "image_url": ("image", "images"),
+    "input_audio": ("audio", "audio"),
+    "file": ("file", "files"),
+    "video_url": ("video", "videos"),
+}
 
 _ROLES = {"developer": "system", "function": "tool"}
 
 
-def to_template_messages(messages: Sequence[Message]) -> list[JsonObject]:
+def to_template_messages(messages: Sequence[Message], *, note_media: bool = False) -> list[JsonObject]:
     """One dict for each message, ``content`` always a string, nulls left out, OpenAI's old and rare words replaced.
 
     ``developer`` becomes ``system``, a ``function_call`` and its ``function`` message a tool call and its result;
-    ``reasoning`` is told as ``reasoning_content``, as templates know it.
+    ``reasoning`` is told as ``reasoning_content``, as templates know it. With ``note_media`` the model reads in place
+    of each image, audio or file that there was one.
 
-    Raises InvalidRequest for a missing or unknown part of a message, UnsupportedParameter for images, audio and files.
+    Raises InvalidRequest for a missing or unknown part of a message, and UnsupportedParameter for images, audio and
+    files that are not noted.
     """
-    return [_to_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return [
+        _to_template_message(message, f"messages[{index}]", note_media=note_media)
+        for index, message in enumerate(messages)
+    ]
 
 
-def _to_template_message(message: Message, param: str) -> JsonObject:
+def _to_template_message(message: Message, param: str, *, note_media: bool) -> JsonObject:
     # An assistant's turn may hold only tool calls or reasoning; every other role speaks or is not there.
     if message.content is None and message.role != "assistant":
         raise missing(f"{param}.content")
@@ -35,7 +44,10 @@ def _to_template_message(message: Message, param: str) -> JsonObject:
         raise missing(f"{param}.name")
     if isinstance(message.content, list):
         # As vLLM and llama.cpp join them: parts are paragraphs, not fragments of a word.
-        text = "\n".join(_text_of(part, f"{param}.content[{index}]") for index, part in enumerate(message.content))
+        text = "\n".join(
+            _text_of(part, f"{param}.content[{index}]", note_media=note_media)
+            for index, part in enumerate(message.content)
+        )
     else:
         text = message.content or ""
     rest = message.model_dump(exclude={"role", "content", "function_call"}, exclude_none=True)
@@ -50,9 +62,12 @@ def _to_template_message(message: Message, param: str) -> JsonObject:
     return {"role": _ROLES.get(message.role, message.role), "content": text, **rest}
 
 
-def _text_of(part: ContentPart, param: str) -> str:
+def _text_of(part: ContentPart, param: str, *, note_media: bool) -> str:
     if part.type in _MEDIA:
-        raise UnsupportedParameter(f"This model reads text only and takes no {_MEDIA[part.type]}.", param=param)
+        one, several = _MEDIA[part.type]
+        if note_media:
+            return f"[{one} left out: this model reads text only]"
+        raise UnsupportedParameter(f"This model reads text only and takes no {several}.", param=param)
     if part.type not in ("text", "refusal"):
         raise wrong_value(f"{param}.type", part.type, "'text', 'refusal', 'image_url', 'input_audio' and 'file'")
     text = part.text if part.type == "text" else part.refusal

@@ -1,5 +1,6 @@
 """What the scheduler drives in place of mlx-lm's BatchGenerator: prompts in chunks, then one joint batch."""
 
+import time
 from typing import Any
 
 import mlx.core as mx
@@ -38,10 +39,10 @@ class BatchDecoder:
     ) -> None:
         on_end = self._keep_answer if prefixes is not None else None
         self.batch = DecodeBatch(model, launch, on_end)
-        policy = ChunkPolicy(options.prefill_chunk_tokens, options.stall_bound_seconds)
+        self._policy = ChunkPolicy(options.prefill_chunk_tokens, options.stall_bound_seconds)
         self.prefills = PrefillQueue(
             model,
-            policy,
+            self._policy,
             self._keep_prompt,
             in_groups=books.shape.plain,
             most_scored=PromptScores.most_tokens(books.shape.vocab_size),
@@ -126,6 +127,7 @@ class BatchDecoder:
     def next(self) -> list[Sequence]:
         """One chunk of prefill, then one decode step; the sequences that made a token, or were to make none."""
         ended: list[Sequence] = []
+        started, decodes_alone = time.perf_counter(), not len(self.prefills)
         for prefill in self.prefills.step(decoding=len(self.batch) > 0):
             if self._prefixes is not None and not self._prefixes.exact_positions_only:
                 self._to_keep.append(prefill)
@@ -136,7 +138,10 @@ class BatchDecoder:
                     sequence.end_with_prompt()
                     ended.append(sequence)
         self.batch.launch()
-        return ended + self.batch.step()
+        stepped = self.batch.step()
+        if decodes_alone and stepped:
+            self._policy.observe_decode(time.perf_counter() - started)
+        return ended + stepped
 
     def keep_prompts(self) -> None:
         """Keep the prompts that became complete in the last step, whose first tokens are on their way by now."""

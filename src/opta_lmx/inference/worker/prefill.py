@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +13,8 @@ from opta_lmx.inference.worker.batch import Caches, row_of
 from opta_lmx.inference.worker.prompt_scores import PromptScores
 from opta_lmx.inference.worker.sequence import Sequence
 
-# Below this many tokens a chunk costs almost as much as a decode step, so smaller ones would only add work.
-_SMALLEST_CHUNK = 16
+# A piece of fewer tokens says little about the cost of a token: most of it is what any forward costs.
+_TELLING_TOKENS = 16
 # With nobody decoding, a chunk delays only cancellations and newcomers; they may wait this many stall bounds.
 _QUIET_FACTOR = 4.0
 # Beside decoding, the step that completes a prompt also keeps its prefix and merges its cache with the others': the
@@ -25,6 +26,8 @@ _MOST_PASSED_OVER = 3
 _GROUP_SPREAD = 2
 # Weight of the newest measurement in the running estimate of prefill speed.
 _SMOOTHING = 0.3
+# So many decode steps a chunk may take in any case.
+_WORTH_STEPS = 1.25
 
 
 @dataclass(slots=True)
@@ -56,28 +59,46 @@ class Prefill:
 
 
 class ChunkPolicy:
-    """Bounds the time one chunk may take. Pure but for what it is told."""
+    """Bounds the time one chunk may take. Pure but for what it is told.
+
+    Beside decoding a chunk may take the stall bound, or a quarter more than a decode step if that is longer: a forward
+    that reads a large model's weights takes as long as a step however few tokens it has, so smaller chunks would only
+    add work, and the quarter lets chunks grow until their tokens count.
+    """
 
     def __init__(self, largest_tokens: int, stall_bound_seconds: float) -> None:
         self._largest = largest_tokens
         self._bound = stall_bound_seconds
+        self._step_seconds: float | None = None
         self._seconds_per_token: float | None = None
+        self._most_observed = 0
+        self._allowed = _TELLING_TOKENS
 
     def tokens(self, *, decoding: bool) -> int:
-        """Tokens to prefill before the next decode step, across prompts."""
-        if self._seconds_per_token is None:
-            return min(self._largest, _SMALLEST_CHUNK * 4)
-        seconds = self._bound if decoding else self._bound * _QUIET_FACTOR
-        largest = self._largest * _BESIDE_DECODING if decoding else self._largest
-        return max(_SMALLEST_CHUNK, int(min(largest, seconds / self._seconds_per_token)))
+        """Tokens to prefill before the next decode step, across prompts; at least 1."""
+        self._allowed = min(self._largest, _TELLING_TOKENS)
+        if self._seconds_per_token is not None:
+            fitting = self._bound * (1 if decoding else _QUIET_FACTOR) / self._seconds_per_token
+            worth = ceil(_WORTH_STEPS * (self._step_seconds or 0.0) / self._seconds_per_token)
+            largest = self._largest * _BESIDE_DECODING if decoding else self._largest
+            self._allowed = max(1, int(min(largest, max(fitting, worth))))
+        return self._allowed
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Learn from a chunk; tiny ones say little about the cost of a token."""
-        if tokens < _SMALLEST_CHUNK or seconds <= 0:
+        """Learn from a chunk. Ends of prompts tell little, unless whole chunks are as small."""
+        if tokens < min(_TELLING_TOKENS, self._allowed) or seconds <= 0:
             return
         measured = seconds / tokens
         old = self._seconds_per_token
-        self._seconds_per_token = measured if old is None else old + _SMOOTHING * (measured - old)
+        # Twice the tokens of all before tell more than all before: less of it is what any forward costs.
+        news = 1.0 if old is None or tokens >= 2 * self._most_observed else _SMOOTHING
+        self._most_observed = max(self._most_observed, tokens)
+        self._seconds_per_token = measured if old is None else old + news * (measured - old)
+
+    def observe_decode(self, seconds: float) -> None:
+        """Learn from a decode step that no chunk was beside."""
+        old = self._step_seconds
+        self._step_seconds = seconds if old is None else old + _SMOOTHING * (seconds - old)
 
 
 class PrefillQueue:
