@@ -14,7 +14,7 @@ from typing import cast
 
 import anyio
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from opta_lmx import __version__
 from opta_lmx.api.connection import Connection, raise_open_files
@@ -136,12 +136,12 @@ class Runtime:
             reload=self.reloader.reload,
         )
 
-    def app(self) -> FastAPI:
+    def app(self) -> Starlette:
         """The ASGI application, with this runtime's lifespan."""
         return build_app(self.services, self._lifespan)
 
     @asynccontextmanager
-    async def _lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
+    async def _lifespan(self, _app: Starlette) -> AsyncIterator[None]:
         async with self.supervisor.running():
             for work in (self.spawner.warm, self._tick_forever, self._load_wanted):
                 self.supervisor.start_soon(work)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from opta_lmx.api.routes import build_app
 from tests.fakes import Script, World, make_world
@@ -18,7 +18,7 @@ from tests.fakes import Script, World, make_world
 CHAT: Final[dict[str, Any]] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
 
-def build(world: World) -> FastAPI:
+def build(world: World) -> Starlette:
     """The application with an id and a time that golden bytes can name."""
     return build_app(world.services, new_id=lambda: "0123abcd", wall=lambda: 1_700_000_000.9)
 

@@ -16,7 +16,9 @@ from tempfile import gettempdir, mkdtemp
 from typing import Final, TypeVar
 
 import psutil
-from anyio import BrokenWorkerProcess, CancelScope, to_process, to_thread
+from anyio import CancelScope, to_thread
+
+from opta_lmx.api.apart import run_apart
 
 Result = TypeVar("Result")
 
@@ -32,18 +34,13 @@ async def understand_apart(
 ) -> tuple[Result, tuple[bytes, ...]]:
     """The outcome of ``work`` on a body that came in pieces: something small that pickles, and bytes, in pieces again.
 
-    Raises what ``work`` raises. The first call waits about a second for its process, which ends after five idle
-    minutes. Bytes go there and back in files only this user can read, deleted before this returns. A process that dies
-    (of a Ctrl-C in its terminal, for want of memory) is no fault of the client's: then a thread does the work.
+    Raises what ``work`` raises. Bytes go there and back in files only this user can read, deleted before this returns.
     """
     folder = Path(await to_thread.run_sync(mkdtemp, None, f"{_PREFIX}{os.getpid()}-"))
     came, made = folder / "body", folder / "made"
     try:
         await to_thread.run_sync(_write, came, body)
-        try:
-            result = await to_process.run_sync(partial(_work, work, came, made), cancellable=True)
-        except BrokenWorkerProcess:
-            result = await to_thread.run_sync(_work, work, came, made)
+        result = await run_apart(_work, work, came, made)
         return result, await to_thread.run_sync(_read, made)
     finally:
         # Giving 20 MB of pages back takes milliseconds: that, too, is for a thread.

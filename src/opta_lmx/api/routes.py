@@ -2,16 +2,15 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 from uuid import uuid4
 
-from fastapi import FastAPI, Request
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Lifespan
 
-from opta_lmx import __version__
 from opta_lmx.api import docs
 from opta_lmx.api.admin import config, downloads, events, leases, metrics, plan, requests
 from opta_lmx.api.admin import models as admin_models
@@ -25,41 +24,36 @@ from opta_lmx.api.middleware import Cors, PlainPaths, RequestIds
 from opta_lmx.api.openai import chat, completions, embeddings, models, rerank
 from opta_lmx.api.openai.wire import ChatRequest
 from opta_lmx.api.openai.wire_text import CompletionRequest, EmbeddingsRequest, RerankRequest
-from opta_lmx.api.openapi import ERRORS, describe
 from opta_lmx.api.services import Services
 from opta_lmx.config import Config
 from opta_lmx.errors import LmxError
 from opta_lmx.monitoring.logging import get_logger
+
+# What bodies are read as; handlers do that themselves, so that no signature says it.
+_REQUEST_SHAPES: Final = (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingsRequest,
+    RerankRequest,
+    ModelRequest,
+    UnloadRequest,
+    PlanRequest,
+    VerifyRequest,
+    LeaseRequest,
+    DownloadRequest,
+)
 
 _log = get_logger(__name__)
 
 
 def build_app(
     services: Services,
-    lifespan: Lifespan[FastAPI] | None = None,
+    lifespan: Lifespan[Starlette] | None = None,
     *,
     new_id: Callable[[], str] = lambda: uuid4().hex,
     wall: Callable[[], float] = time.time,
-) -> FastAPI:
+) -> Starlette:
     """The application over ``services``, which hang on ``app.state``; ``wall`` (seconds) dates answers."""
-    app = FastAPI(
-        title="Opta-LMX",
-        version=__version__,
-        description="Local inference with the OpenAI API, and its administration.",
-        # A page of our own (``docs.py``).
-        docs_url=None,
-        redoc_url=None,
-        openapi_url="/openapi.json" if services.config.server.docs else None,
-        # A redirect would turn a POST to a misspelt path into a GET.
-        redirect_slashes=False,
-        responses=ERRORS,
-        lifespan=lifespan,
-        # Whatever the environment says: nothing about requests leaves this process.
-        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
-    )
-    app.state.services = services
-    app.state.new_id = new_id
-    app.state.wall = wall
     # admin_models comes last: its DELETE takes any path below /admin/models, since ids contain slashes.
     rooms = (
         chat,
@@ -77,22 +71,21 @@ def build_app(
         events,
         admin_models,
     )
-    for routes in rooms:
-        app.include_router(routes.router)
-    if services.config.server.docs:
-        app.include_router(docs.router)
-    inference_shapes = (ChatRequest, CompletionRequest, EmbeddingsRequest, RerankRequest)
-    describe(
-        app,
-        [*inference_shapes, ModelRequest, UnloadRequest, PlanRequest, VerifyRequest, LeaseRequest, DownloadRequest],
-        services.config.security,
-    )
+    operations = [operation for room in rooms for operation in room.router.operations]
+    served = [*operations, *(docs.router.operations if services.config.server.docs else ())]
+    app = Starlette(routes=[operation.to_route() for operation in served], lifespan=lifespan)
+    # A redirect would turn a POST to a misspelt path into a GET.
+    app.router.redirect_slashes = False
+    app.state.services = services
+    app.state.new_id = new_id
+    app.state.wall = wall
+    app.state.document = docs.ApiDocument(operations, _REQUEST_SHAPES)
     _handle_errors(app)
     _add_middleware(app, services, new_id)
     return app
 
 
-def _add_middleware(app: FastAPI, services: Services, new_id: Callable[[], str]) -> None:
+def _add_middleware(app: Starlette, services: Services, new_id: Callable[[], str]) -> None:
     """From the inside out: a preflight needs no key, and every answer has an id.
 
     Each reads the settings of the moment, so that a reload reaches it.
@@ -108,7 +101,7 @@ def _add_middleware(app: FastAPI, services: Services, new_id: Callable[[], str])
     app.add_middleware(RequestIds, new_id=new_id)
 
 
-def _handle_errors(app: FastAPI) -> None:
+def _handle_errors(app: Starlette) -> None:
     handlers: dict[type[Exception], Callable[[Request, Any], Any]] = {
         LmxError: _answer_error,
         HTTPException: _answer_routing_error,

@@ -34,6 +34,11 @@ def test_the_server_is_free_of_mlx() -> None:
     assert _imported_by("opta_lmx.main") & _HEAVY == set()
 
 
+def test_the_server_is_free_of_fastapi() -> None:
+    """It writes the OpenAPI document, in another process; its import was a fifth of the time to the first answer."""
+    assert "fastapi" not in _imported_by("opta_lmx.main")
+
+
 def test_the_echo_backend_is_free_of_mlx() -> None:
     """A worker that echoes starts in the time of a bare interpreter."""
     assert _imported_by("opta_lmx.inference.worker.echo_backend") & _HEAVY == set()

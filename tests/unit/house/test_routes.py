@@ -34,7 +34,7 @@ def _prefixes(module: Module) -> dict[str, str]:
     found = {}
     for node in ast.walk(module.tree):
         match node:
-            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call) if called(call) == "APIRouter":
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call) if called(call) == "Router":
                 prefix = [keyword.value for keyword in call.keywords if keyword.arg == "prefix"]
                 found[name] = str(ast.literal_eval(prefix[0])) if prefix else ""
     return found

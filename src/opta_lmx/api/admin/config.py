@@ -1,14 +1,15 @@
 """/admin/config: the settings in force, and reading them again."""
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from opta_lmx.api.admin.wire import ConfigReload
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.config import ConfigError
 from opta_lmx.errors import InvalidRequest
 from opta_lmx.types import JsonObject
 
-router = APIRouter(prefix="/admin/config", tags=["admin"])
+router = Router(prefix="/admin/config", tags=["admin"])
 
 
 @router.get("")

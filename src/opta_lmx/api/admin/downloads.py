@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
 import msgspec
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from opta_lmx.api.admin.wire_downloads import DownloadedFile, DownloadRequest, Downloads, DownloadStatus
@@ -12,12 +12,13 @@ from opta_lmx.api.errors import json_response, to_envelope
 from opta_lmx.api.openai.wire import ErrorDetail
 from opta_lmx.api.openapi import errors, event_stream, request_body
 from opta_lmx.api.parsing import read_object
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import validate
 from opta_lmx.errors import DownloadNotFound, Draining, ModelNotFound
 from opta_lmx.manager.download_job import Download
 
-router = APIRouter(prefix="/admin/models/download", tags=["admin"])
+router = Router(prefix="/admin/models/download", tags=["admin"])
 
 
 @router.post(

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 
 import anyio
 import msgspec
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -12,12 +12,13 @@ from opta_lmx.api.admin.downloads import download_status
 from opta_lmx.api.admin.models import loaded_model
 from opta_lmx.api.admin.wire import ModelChanged
 from opta_lmx.api.openapi import event_stream
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.manager.changes import Lagged, ModelChange, Quiet, Told
 from opta_lmx.manager.download_job import Download
 from opta_lmx.types import JsonObject
 
-router = APIRouter(prefix="/admin/events", tags=["admin"])
+router = Router(prefix="/admin/events", tags=["admin"])
 
 
 class _EventStream(StreamingResponse):

@@ -1,16 +1,17 @@
 """/admin/leases: models kept in memory for a time, in somebody's name."""
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from opta_lmx.api.admin.models import named_model_id
 from opta_lmx.api.admin.wire import Lease, Leased, LeaseEnded, LeaseRequest, Leases
 from opta_lmx.api.openapi import errors, request_body
 from opta_lmx.api.parsing import read_object
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import validate
 from opta_lmx.errors import LeaseNotFound
 
-router = APIRouter(prefix="/admin/leases", tags=["admin"])
+router = Router(prefix="/admin/leases", tags=["admin"])
 
 
 @router.get("")

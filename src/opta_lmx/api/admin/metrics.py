@@ -5,18 +5,19 @@ A start need not wait for prometheus_client, so ``monitoring/metrics.py`` is imp
 
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from opta_lmx import __version__
 from opta_lmx.api.errors import json_response
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.types import ModelState
 
 if TYPE_CHECKING:
     from opta_lmx.monitoring.metrics import ServerCollector
 
-router = APIRouter(prefix="/admin/metrics", tags=["admin"])
+router = Router(prefix="/admin/metrics", tags=["admin"])
 
 
 @router.get("", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from opta_lmx.api.admin.wire import (
     AvailableModel,
@@ -24,6 +24,7 @@ from opta_lmx.api.admin.wire import (
 )
 from opta_lmx.api.openapi import MODEL_ERRORS, errors, request_body
 from opta_lmx.api.parsing import read_object
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import validate
 from opta_lmx.errors import ModelNotFound
@@ -31,7 +32,7 @@ from opta_lmx.manager.integrity import FileCheck
 from opta_lmx.manager.residency import ResidentModel
 from opta_lmx.types import JsonObject, ModelFiles
 
-router = APIRouter(prefix="/admin/models", tags=["admin"])
+router = Router(prefix="/admin/models", tags=["admin"])
 
 _STARTER: JsonObject = {"model_id": "smollm2-135m-instruct"}
 

@@ -1,16 +1,17 @@
 """/admin/models/plan: whether a load would fit, with the arithmetic a refusal would carry."""
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from opta_lmx.api.admin.models import named_model_id
 from opta_lmx.api.admin.wire import PlanRequest, to_gib
 from opta_lmx.api.openapi import errors, request_body
 from opta_lmx.api.parsing import read_object
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import validate
 from opta_lmx.types import JsonObject
 
-router = APIRouter(prefix="/admin/models", tags=["admin"])
+router = Router(prefix="/admin/models", tags=["admin"])
 
 
 @router.post(

@@ -1,12 +1,13 @@
 """/admin/requests: what is being worked on now, request by request. Never a word of a prompt or an answer."""
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from opta_lmx.api.admin.wire import LiveRequest, LiveRequests
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.monitoring import timing
 
-router = APIRouter(prefix="/admin/requests", tags=["admin"])
+router = Router(prefix="/admin/requests", tags=["admin"])
 
 
 @router.get("")

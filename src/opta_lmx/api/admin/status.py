@@ -1,17 +1,18 @@
 """/admin/health, /ready, /status and /memory: how the server is, for monitors and for people."""
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from opta_lmx import __version__
 from opta_lmx.api.admin.wire import Health, ImportStatus, Ledger, Line, Memory, ModelStatus, Ready, Status, to_gib
 from opta_lmx.api.errors import json_response, to_envelope
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.errors import Busy, Draining, LmxError, ModelLoading
 from opta_lmx.manager.residency import ResidentModel
 from opta_lmx.types import ModelState
 
-router = APIRouter(prefix="/admin", tags=["admin"])
+router = Router(prefix="/admin", tags=["admin"])
 
 
 @router.get("/health", response_model_exclude_none=True)

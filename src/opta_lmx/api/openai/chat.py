@@ -5,7 +5,7 @@ from functools import partial
 from typing import Final, TypeAlias
 
 import msgspec
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from opta_lmx.api.auth import caller_of
@@ -20,6 +20,7 @@ from opta_lmx.api.openai.tools import ToolUse, to_tool_use
 from opta_lmx.api.openai.wire import ChatCompletion, ChatRequest
 from opta_lmx.api.openapi import MODEL_ERRORS, errors, event_stream, request_body
 from opta_lmx.api.parsing import is_quick, parse_object, read_pieces
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.api.sse import EventStream, cache_header
 from opta_lmx.api.validation import validate_request, wrong_value
@@ -27,7 +28,7 @@ from opta_lmx.config_models import Preset
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
 from opta_lmx.types import ChatPrompt, EncodedPrompt, GenerateRequest, JsonObject, SamplingParams, encode_prompt
 
-router = APIRouter()
+router = Router()
 
 _Understood: TypeAlias = tuple[ChatRequest, ToolUse, GenerateRequest]
 

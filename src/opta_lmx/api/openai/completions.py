@@ -6,7 +6,7 @@ from functools import partial
 from typing import Final
 
 import msgspec
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -18,6 +18,7 @@ from opta_lmx.api.openai.sampling import filled_from, to_sampling
 from opta_lmx.api.openai.wire_text import Completion, CompletionRequest, read_inputs
 from opta_lmx.api.openapi import MODEL_ERRORS, errors, event_stream, request_body
 from opta_lmx.api.parsing import understand
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.api.sse import EventStream, EventWriter, cache_header
 from opta_lmx.api.validation import validate_request
@@ -26,7 +27,7 @@ from opta_lmx.errors import InvalidRequest, UnsupportedParameter
 from opta_lmx.inference.engine import Generation, InferenceEngine
 from opta_lmx.types import EncodedPrompt, GenerateRequest, JsonObject, Prompt, SamplingParams, TextPrompt
 
-router = APIRouter()
+router = Router()
 
 # OpenAI's, of a time when a completion was a line.
 _DEFAULT_MAX_TOKENS: Final = 16

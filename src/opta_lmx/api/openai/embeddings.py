@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 from anyio import CancelScope, create_task_group
 from anyio.lowlevel import checkpoint
-from fastapi import APIRouter, Request
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive
 
@@ -19,6 +18,7 @@ from opta_lmx.api.auth import caller_of
 from opta_lmx.api.openai.wire_text import EmbeddingList, EmbeddingsRequest, read_inputs
 from opta_lmx.api.openapi import MODEL_ERRORS, errors, request_body
 from opta_lmx.api.parsing import understand
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import missing, validate_request
 from opta_lmx.errors import InvalidRequest
@@ -27,7 +27,7 @@ from opta_lmx.types import JsonObject, TextPrompt
 
 Result = TypeVar("Result")
 
-router = APIRouter()
+router = Router()
 
 _FLOAT_BYTES = 4
 

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 
 from opta_lmx.api.openai.wire import ModelCard, ModelList
 from opta_lmx.api.openapi import errors
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.errors import ModelNotFound
 from opta_lmx.types import ModelFiles, ModelState
 
-router = APIRouter()
+router = Router()
 
 _GLOB = set("*?[")
 

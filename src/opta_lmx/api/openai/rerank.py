@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from fastapi import APIRouter, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from opta_lmx.api.auth import caller_of
@@ -11,12 +11,13 @@ from opta_lmx.api.openai.embeddings import while_connected
 from opta_lmx.api.openai.wire_text import RerankAnswer, RerankRequest
 from opta_lmx.api.openapi import MODEL_ERRORS, errors, request_body
 from opta_lmx.api.parsing import understand
+from opta_lmx.api.routing import Router
 from opta_lmx.api.services import Services
 from opta_lmx.api.validation import validate_request
 from opta_lmx.inference.embedding import RankRequest
 from opta_lmx.types import JsonObject
 
-router = APIRouter()
+router = Router()
 
 
 @router.post(
