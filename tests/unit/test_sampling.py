@@ -141,6 +141,38 @@ def test_every_quantile_gives_the_token_the_exact_distribution_has_there(
 
 
 @_BOTH
+@pytest.mark.parametrize("spread", [2.0, 5.0], ids=["soft", "sharp"])
+def test_large_vocabularies_are_sampled_by_the_same_rule(launch: Launch, spread: float) -> None:
+    """Where only the likeliest are looked at first, and more of them where those do not suffice."""
+    [logits] = _logits(1, 40_003, spread)
+    logits[7::11] = -np.inf
+    for rule in _RULES:
+        rows = [_row(quantile, **rule) for quantile in (0.0, 0.31, 0.77, 0.995)]
+        tokens = _choose(launch, np.tile(logits, (len(rows), 1)), rows)
+        for token, row in zip(tokens, rows, strict=True):
+            quantile = row.generator.random()
+            order, shares = _shares(logits, row)
+            at = int(np.flatnonzero(order == token)[0])
+            end = shares[: at + 1].sum()
+            assert shares[at] > 0
+            assert end - shares[at] - 10 * _ROUNDING <= quantile < end + 10 * _ROUNDING
+
+
+@_BOTH
+@pytest.mark.parametrize("rule", [{"top_k": 40}, {"top_k": 40, "min_p": 0.001}, {"top_p": 0.9999}])
+def test_rows_with_little_left_stand_beside_rows_with_all(launch: Launch, rule: dict[str, Any]) -> None:
+    """Three tokens that a grammar left of forty thousand, and a row of equals, and one like any other."""
+    masked, usual = _logits(2, 40_003, 3.0)
+    masked[[i for i in range(len(masked)) if i not in (5, 20_000, 40_002)]] = -np.inf
+    equal = np.zeros_like(usual)
+    for quantile in (0.0, 0.5, 0.999):
+        tokens = _choose(launch, np.stack([masked, equal, usual]), [_row(quantile, **rule) for _ in range(3)])
+        assert tokens[0] in (5, 20_000, 40_002)
+        assert tokens[1] == int(quantile * 40) or "top_k" not in rule
+        assert tokens[2] == _choose(launch, usual[None], [_row(quantile, **rule)])[0]
+
+
+@_BOTH
 @pytest.mark.parametrize("rule", [{}, {"top_k": 7}, {"top_p": 0.95}])
 def test_the_last_quantile_gives_the_last_share(launch: Launch, rule: dict[str, Any]) -> None:
     """The largest number a generator can draw still falls inside the distribution, however it is rounded."""
