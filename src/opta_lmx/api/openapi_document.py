@@ -11,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from opta_lmx import __version__
 from opta_lmx.api.openapi import ERRORS, REFERENCE
-from opta_lmx.api.routing import Operation
+from opta_lmx.api.routing import Description, Operation
 from opta_lmx.types import JsonObject
 
 _KEYS: Final[dict[str, JsonObject]] = {
@@ -28,8 +28,8 @@ def to_document(
     router = APIRouter()
     for operation in operations:
         responses = {**ERRORS, **operation.description.get("responses", {})}
-        described = {**operation.description, "responses": responses}
-        router.add_api_route(operation.path, operation.handler, methods=[operation.method], **described)  # type: ignore[arg-type]
+        described: Description = {**operation.description, "responses": responses}
+        router.add_api_route(operation.path, operation.handler, methods=[operation.method], **described)
     document = get_openapi(
         title="Opta-LMX",
         version=__version__,

@@ -7,6 +7,7 @@ operations to write the document, in a process of its own.
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 
 from pydantic import BaseModel
@@ -27,9 +28,9 @@ _Handler = TypeVar("_Handler", bound=Handler)
 
 
 class Description(TypedDict, total=False):
-    """What is said of an operation, in FastAPI's words; ``response_model`` None: the handler's annotation says it."""
+    """What is said of an operation, in FastAPI's words; without a ``response_model`` the handler's annotation is it."""
 
-    tags: list[str]
+    tags: list[str | Enum]  # texts; a list of another type would not be FastAPI's
     responses: Responses
     openapi_extra: JsonObject
     response_model: type[BaseModel]

@@ -15,7 +15,7 @@ import psutil
 from opta_lmx import __version__
 from tests.load.bench.measure import Run
 
-_PACKAGES: Final = ("mlx", "mlx-lm", "vllm-mlx", "uvicorn", "uvloop", "fastapi")
+_PACKAGES: Final = ("mlx", "mlx-lm", "vllm-mlx", "uvicorn", "uvloop", "starlette")
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
