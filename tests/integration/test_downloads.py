@@ -612,3 +612,24 @@ async def test_weights_must_be_chosen(place: Place) -> None:
     assert f"{REPO}/a.Q8.gguf" in place.left()
     place.hub.repos["acme/pickle"] = Repo({"pytorch_model.bin": b"x", "config.json": b"{}"})
     assert isinstance(await place.refusal("acme/pickle", None, "*.bin", "*.json"), InvalidRequest)
+
+
+async def test_files_where_the_server_was_started_are_not_imported(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file called like a package, as anybody's directory may hold, neither runs nor breaks a download."""
+    (tmp_path / "h2.py").write_text("print('taken for a package'); raise SystemExit(3)")
+    (tmp_path / "huggingface_hub.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    assert (await place.pull()).state is DownloadState.COMPLETED
+
+
+async def test_words_among_the_reports_fail_the_download_alone(place: Place, tmp_path: Path) -> None:
+    """What a site's own start-up file prints is no report: the download is refused, the manager goes on."""
+    (tmp_path / "sitecustomize.py").write_text("print('welcome', flush=True)")
+    place.environ["PYTHONPATH"] = str(tmp_path)
+    refused = await place.refusal()
+    assert type(refused) is DownloadError
+    assert "ended unexpectedly" in str(refused)
+    del place.environ["PYTHONPATH"]
+    assert (await place.pull()).state is DownloadState.COMPLETED

@@ -81,7 +81,8 @@ class WorkerClient(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         client = cls()
-        arguments = [sys.executable, "-m", "opta_lmx.inference.worker", "--fd", str(theirs.fileno())]
+        # -P: no file in the directory the server was started from takes the place of a package.
+        arguments = [sys.executable, "-P", "-m", "opta_lmx.inference.worker", "--fd", str(theirs.fileno())]
         try:
             transport, process = await loop.subprocess_exec(
                 lambda: _Process(client),

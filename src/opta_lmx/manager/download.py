@@ -8,7 +8,6 @@ whose every file has the hub's hash, and is in models.lock, is renamed to where 
 import asyncio
 import os
 import shutil
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -260,8 +259,7 @@ class DownloadManager:
             root=str(self._root),
             patience=self._machine.patience,
         )
-        command = (sys.executable, "-m", "opta_lmx.manager.fetch")
-        process = await spawn(*command, env=environ, line_bytes=_MAX_LINE_BYTES)
+        process = await spawn("opta_lmx.manager.fetch", env=environ, line_bytes=_MAX_LINE_BYTES)
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(order) + b"\n")
         return process
@@ -271,6 +269,7 @@ class DownloadManager:
     ) -> LmxError | None:
         """Reads the child's reports; gives the error the download ends with, None if it is complete."""
         assert process.stdout is not None
+        line = b""
         try:
             while line := await process.stdout.readline():
                 match _reports.decode(line):
@@ -289,6 +288,9 @@ class DownloadManager:
                         return failed.to_error()
         except LmxError as error:
             return error
+        except msgspec.DecodeError:
+            # Something in its environment writes where the reports go, before its first line of ours can prevent that.
+            _log.error("download_garbled", model=job.repo_id, line=line[:200].decode(errors="replace"))
         return DownloadError("The download process ended unexpectedly; the server's log tells more.")
 
     def _compare(self, plan: Plan, record: ModelRecord, job: Job) -> None:

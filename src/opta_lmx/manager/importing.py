@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -127,8 +126,7 @@ class GgufImporter:
     async def _run(self, source: Path, target: Path, job: _Job) -> None:
         """Runs the job to its end; kills it when cancelled or stalled. A job that fails leaves nothing behind."""
         process = await spawn(
-            sys.executable,
-            *("-m", "opta_lmx.inference.worker.convert", os.fspath(source), os.fspath(target)),
+            *("opta_lmx.inference.worker.convert", os.fspath(source), os.fspath(target)),
             *("--precision", "full" if self._form.full else "half", "--bits", str(self._form.bits)),
         )
         assert process.stderr is not None
