@@ -32,7 +32,7 @@ _SHORTENED: Final = {
 _RUN_BOUND: Final = 120
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client_server(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: "Callable[[Family], Path]"
 ) -> Iterator[RunningServer]:
