@@ -48,15 +48,10 @@ Prompt: TypeAlias = ChatPrompt | TextPrompt | TokenPrompt
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedPrompt:
-    """A prompt as msgpack, in pieces: one too large to be held, or written, by the server's process at once."""
+class Encoded:
+    """Part of a request as msgpack, in pieces: too large to be held, or written, by the server's process at once."""
 
     pieces: tuple[bytes, ...] = ()
-
-
-def encode_prompt(prompt: Prompt) -> bytes:
-    """What the ``pieces`` of an EncodedPrompt are cut from."""
-    return msgspec.msgpack.encode(prompt)
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
@@ -127,9 +122,9 @@ class GenerateRequest(msgspec.Struct, frozen=True):
 
     request_id: str
     model: str
-    prompt: Prompt | EncodedPrompt
+    prompt: Prompt | Encoded
     sampling: SamplingParams = SamplingParams()
-    structured: Structured | None = None
+    structured: Structured | Encoded | None = None
     # A bound of the caller's own, in tokens of prompt and answer; None leaves the model's.
     context_length: int | None = None
     # How the model writes calls and reasoning, in the words of ``inference/output/formats.py``, "none" for not at all;

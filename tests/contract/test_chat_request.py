@@ -6,7 +6,7 @@ import httpx
 import msgspec
 import pytest
 
-from opta_lmx.types import ChatPrompt, EncodedPrompt, SamplingParams
+from opta_lmx.types import ChatPrompt, Encoded, SamplingParams
 from tests.contract.conftest import CHAT
 from tests.fakes import World
 
@@ -18,7 +18,7 @@ async def accepted(client: httpx.AsyncClient, world: World, **fields: Any) -> tu
     response = await client.post("/v1/chat/completions", json=CHAT | fields)
     assert response.status_code == 200, response.text
     prompt = world.request.prompt
-    if isinstance(prompt, EncodedPrompt):
+    if isinstance(prompt, Encoded):
         prompt = msgspec.msgpack.decode(b"".join(prompt.pieces), type=ChatPrompt)
     assert isinstance(prompt, ChatPrompt)
     return world.request.sampling, prompt

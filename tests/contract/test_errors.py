@@ -271,9 +271,7 @@ async def test_a_wrong_field_is_named(
         (b'{"temperature": NaN}', "could not parse the JSON body"),
         (b'{"temperature": Infinity}', "could not parse the JSON body"),
         (b'{"temperature": 1e999}', "out of range"),
-        (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "nested more than 128 levels"),
         (b"[" * 100_000, "nested more than 128 levels"),
-        (b'{"a":' * 100_000, "nested more than 128 levels"),
     ],
     ids=lambda value: str(value[:24]),
 )
@@ -284,6 +282,24 @@ async def test_a_body_that_is_no_object_of_json(client: httpx.AsyncClient, body:
     assert (response.status_code, error["type"]) == (400, "invalid_request_error")
     assert (error["param"], error["code"]) == (None, None)
     assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"z": [[]], "a": ' + b"[" * 200 + b"]" * 200 + b"}", "a"),
+        (b'{"z": {"b": "["}, "a":' + b'{"b":' * 100_000, "a"),
+        (b'{"a[\\"{": "b", "k]":' + b"[" * 100_000, "k]"),
+        (b'\n{"tools": [{}, ' + b'{"items":' * 127 + b"1" + b"}" * 127 + b'], "model": "tiny"}', "tools"),
+    ],
+    ids=["lists", "objects", "brackets-in-keys", "one-too-deep"],
+)
+async def test_a_body_that_is_nested_too_deep(client: httpx.AsyncClient, body: bytes, param: str) -> None:
+    """The field in which it is too deep is named, also where the body is too deep to be read."""
+    response = await client.post(URL, content=body)
+    error = error_of(response)
+    assert (response.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert f"nested more than 128 levels deep in {param!r}" in error["message"]
 
 
 @pytest.mark.parametrize(

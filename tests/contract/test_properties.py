@@ -16,7 +16,7 @@ from opta_lmx.api.validation import validate
 from opta_lmx.errors import RequestRejected
 from opta_lmx.inference import protocol
 from opta_lmx.inference.engine import Generation
-from opta_lmx.types import Delta, EncodedPrompt, FinishReason, GenerateRequest, TokenLogprob
+from opta_lmx.types import Delta, Encoded, FinishReason, GenerateRequest, TokenLogprob
 from tests.contract.conftest import CHAT
 from tests.fakes import Script, ScriptedGeneration
 
@@ -55,7 +55,9 @@ def test_any_json_is_a_frame_or_refused(fields: dict[str, Any]) -> None:
     if isinstance(wanted, RequestRejected):
         assert wanted.param
     else:
-        assert not isinstance(wanted.prompt, EncodedPrompt)  # these are small
+        # These are small.
+        assert not isinstance(wanted.prompt, Encoded)
+        assert not isinstance(wanted.structured, Encoded)
         frame = protocol.Generate(1, wanted.request_id, wanted.prompt, wanted.sampling, wanted.structured)
         assert protocol.decode_from_server(protocol.encode(frame)[4:]) == frame
 

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from opta_lmx.types import ChatPrompt, Delta, FinishReason, Structured, TokenLogprob
+from opta_lmx.types import ChatPrompt, Delta, Encoded, FinishReason, Structured, TokenLogprob
 from tests.contract.answers import assembled, choices_of, streamed, whole
 from tests.contract.conftest import CHAT
 from tests.fakes import Script, World, text_deltas
@@ -45,6 +45,7 @@ async def asked(client: httpx.AsyncClient, world: World, **fields: Any) -> tuple
     await whole(client, **fields)
     prompt = world.request.prompt
     assert isinstance(prompt, ChatPrompt)
+    assert not isinstance(world.request.structured, Encoded)
     return prompt, world.request.structured
 
 

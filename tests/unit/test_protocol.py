@@ -26,7 +26,7 @@ from opta_lmx.types import (
     ChatPrompt,
     Delta,
     EchoOptions,
-    EncodedPrompt,
+    Encoded,
     FinishReason,
     LoadOptions,
     ModelFacts,
@@ -35,7 +35,6 @@ from opta_lmx.types import (
     TextPrompt,
     TokenLogprob,
     TokenPrompt,
-    encode_prompt,
 )
 
 # Every frame with every field set to something that is not its default.
@@ -169,7 +168,12 @@ def test_a_prompt_in_pieces_makes_the_same_frame(size: int) -> None:
     """Cut anywhere, put around by its frame, it reads as the frame that held it; the rest may hold any bytes."""
     prompt = ChatPrompt([{"role": "user", "content": "\u00c1" * size}])
     frame = protocol.Generate(7, "r", prompt, _SAMPLING, Structured("regex", "\u00c1" * 16), 99)
-    whole = encode_prompt(prompt)
-    pieces = tuple(whole[at : at + 10] for at in range(0, len(whole), 10))
-    without = msgspec.structs.replace(frame, prompt=TextPrompt(""))
-    assert b"".join(protocol.encode_around(without, EncodedPrompt(pieces))) == encode(frame)
+    without = msgspec.structs.replace(frame, prompt=TextPrompt(""), structured=None)
+    parts = {"structured": in_pieces(frame.structured), "prompt": in_pieces(prompt)}
+    assert b"".join(protocol.encode_around(without, **parts)) == encode(frame)
+
+
+def in_pieces(part: object) -> Encoded:
+    """Ten bytes a piece."""
+    whole = msgspec.msgpack.encode(part)
+    return Encoded(tuple(whole[at : at + 10] for at in range(0, len(whole), 10)))

@@ -7,6 +7,7 @@ values of single fields is found next, in ``validation.py``.
 import json
 import re
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -33,6 +34,7 @@ _MAX_INTEGER: Final = 2**64 - 1
 
 _MAYBE_TOO_BIG: Final = re.compile(rb"\d{19}")
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_BRACKETS_AND_STRINGS: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
 _ESCAPED_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Path = tuple[str | int, ...]
@@ -93,7 +95,7 @@ def parse_object(body: bytes) -> JsonObject:
     try:
         value = msgspec.json.decode(body)
     except RecursionError:
-        raise _too_deep() from None
+        raise _too_deep(body) from None
     except UnicodeDecodeError:
         raise _unreadable("it is not UTF-8") from None
     except msgspec.DecodeError as error:
@@ -101,14 +103,14 @@ def parse_object(body: bytes) -> JsonObject:
         raise _unreadable(str(error)) from None
     if not isinstance(value, dict):
         raise _unreadable("it should be an object")
-    if body.count(b"{") + body.count(b"[") > MAX_DEPTH:
-        _check_depth(value)
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH and _is_too_deep(value):
+        raise _too_deep(body)
     if _MAYBE_TOO_BIG.search(body):
         _check_integers(value)
     return value
 
 
-def _check_depth(value: JsonObject) -> None:
+def _is_too_deep(value: JsonObject) -> bool:
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [
@@ -118,8 +120,26 @@ def _check_depth(value: JsonObject) -> None:
             if type(child) is dict or type(child) is list
         ]
         if not level:
-            return
-    raise _too_deep()
+            return False
+    return True
+
+
+def _too_deep(body: bytes) -> InvalidRequest:
+    """Names the field of the object in which the body goes past MAX_DEPTH; the body may be too deep to be read."""
+    depth, key = 0, b""
+    for token in map(itemgetter(0), _BRACKETS_AND_STRINGS.finditer(body)):
+        if token in (b"{", b"["):
+            depth += 1
+        elif token in (b"}", b"]"):
+            depth -= 1
+        elif depth == 1:
+            # Of strings at this depth, the last before a bracket opens is the key of what opens.
+            key = token[1:-1]
+        if depth > MAX_DEPTH:
+            break
+    param = show_path((key.decode(errors="replace"),)) if body.lstrip().startswith(b"{") else None
+    place = "" if param is None else f" in {param!r}"
+    return _unreadable(f"it is nested more than {MAX_DEPTH} levels deep{place}", param)
 
 
 def _check_integers(value: JsonObject) -> None:
@@ -174,9 +194,5 @@ def show_path(path: Path) -> str:
     return text.removeprefix(".")[:200]
 
 
-def _unreadable(reason: str) -> InvalidRequest:
-    return InvalidRequest(f"We could not parse the JSON body of your request: {reason}.")
-
-
-def _too_deep() -> InvalidRequest:
-    return _unreadable(f"it is nested more than {MAX_DEPTH} levels deep")
+def _unreadable(reason: str, param: str | None = None) -> InvalidRequest:
+    return InvalidRequest(f"We could not parse the JSON body of your request: {reason}.", param=param)

@@ -12,7 +12,7 @@ import msgspec
 from opta_lmx.types import (
     CacheReport,
     Delta,
-    EncodedPrompt,
+    Encoded,
     LoadOptions,
     ModelFacts,
     Prompt,
@@ -204,6 +204,7 @@ FromWorker: TypeAlias = (
 
 # 0xc1 begins nothing in msgpack, is no part of UTF-8, and of a number eight bytes at most: no frame has it so often.
 _NO_MSGPACK = b"\xc1" * 16
+_STAND_IN = msgspec.Raw(_NO_MSGPACK)
 
 _encoder = msgspec.msgpack.Encoder()
 _from_server: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer)
@@ -216,12 +217,15 @@ def encode(frame: FromServer | FromWorker) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def encode_around(frame: Generate, prompt: EncodedPrompt) -> list[bytes]:
-    """``encode`` in pieces, with ``prompt`` in the place of the frame's own, none of its pieces copied."""
-    stand_in = msgspec.structs.replace(frame, prompt=msgspec.Raw(_NO_MSGPACK))
-    before, _, after = _encoder.encode(stand_in).partition(_NO_MSGPACK)
-    length = len(before) + sum(map(len, prompt.pieces)) + len(after)
-    return [_LENGTH.pack(length) + before, *prompt.pieces, after]
+def encode_around(frame: Generate, **parts: Encoded) -> list[bytes]:
+    """``encode`` in pieces, with ``parts`` in the place of the frame's own fields, none of their pieces copied."""
+    stand_in = msgspec.structs.replace(frame, **dict.fromkeys(parts, _STAND_IN))
+    first, *rest = _encoder.encode(stand_in).split(_NO_MSGPACK)
+    in_order = [parts[name] for name in frame.__struct_fields__ if name in parts]
+    pieces = [first]
+    for part, after in zip(in_order, rest, strict=True):
+        pieces += [*part.pieces, after]
+    return [_LENGTH.pack(sum(map(len, pieces))), *pieces]
 
 
 def decode_from_server(body: bytes | memoryview) -> FromServer:

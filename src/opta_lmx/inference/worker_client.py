@@ -30,7 +30,7 @@ from opta_lmx.inference.worker_reply import WorkerReply
 from opta_lmx.inference.worker_stream import WorkerStream
 from opta_lmx.manager.catalog import is_encoder
 from opta_lmx.monitoring.logging import get_logger
-from opta_lmx.types import EncodedPrompt, GenerateRequest, LoadOptions, ModelFacts, ModelFiles, TextPrompt, WorkerExit
+from opta_lmx.types import Encoded, GenerateRequest, LoadOptions, ModelFacts, ModelFiles, TextPrompt, WorkerExit
 
 # Imports take 2 s on an idle machine; under a full test run on two cores they have taken 20.
 _HELLO_SECONDS = 120.0
@@ -160,19 +160,20 @@ class WorkerClient(asyncio.Protocol):
 
         stream = WorkerStream(request.sampling.n, lambda: self._send(protocol.Cancel(id)), end)
         self._streams[id], self._request_ids[id] = stream, request.request_id
-        prompt = request.prompt
+        prompt, structured = request.prompt, request.structured
         frame = protocol.Generate(
             id,
             request.request_id,
-            _NO_PROMPT if isinstance(prompt, EncodedPrompt) else prompt,
+            _NO_PROMPT if isinstance(prompt, Encoded) else prompt,
             request.sampling,
-            request.structured,
+            None if isinstance(structured, Encoded) else structured,
             request.context_length,
             request.tool_format,
             request.reasoning_format,
         )
-        if isinstance(prompt, EncodedPrompt):
-            self._send_pieces(protocol.encode_around(frame, prompt))
+        parts = {"prompt": prompt, "structured": structured}
+        if encoded := {name: part for name, part in parts.items() if isinstance(part, Encoded)}:
+            self._send_pieces(protocol.encode_around(frame, **encoded))
         else:
             self._send(frame)
         return stream

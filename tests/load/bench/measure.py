@@ -18,7 +18,7 @@ from tests.load.bench.lifecycle import cold_start, disconnect, memory
 from tests.load.bench.processes import BenchError, own_python, run_to_end
 from tests.load.bench.profiles import FULL, Profile, fitting
 from tests.load.bench.session import Bench, Said
-from tests.load.bench.targets import Target, own_server, running_elsewhere, started, vllm_mlx_server
+from tests.load.bench.targets import Target, link_imported, own_server, running_elsewhere, started, vllm_mlx_server
 from tests.load.bench.throughput import concurrency, sampling, warm_up
 from tests.load.bench.workload import Ask, Prompts
 
@@ -98,6 +98,8 @@ async def measure_model(name: str, run: Run, home: Path) -> Measured:
             _say(f"{name}: starting {launch.name}")
             target = await stack.enter_async_context(started(launch))
             await _load(bench, target)
+            if not directory.exists():
+                link_imported(target, models)
             bench.targets = [*bench.targets, target]
         bench.engine = await stack.enter_async_context(raw_engine(directory, home))
         await _run_rounds(bench, name, run)

@@ -103,8 +103,8 @@ def own_server(home: Path, models: Path, model: str, *, starter: bool) -> Launch
     """
 
     def command(port: int) -> list[str]:
-        own = home / f"models-{port}"
-        shutil.copytree(models, own, copy_function=os.link)
+        own = _own_models(home, port)
+        link_tree(models, own)
         config = home / f"config-{port}.yaml"
         sections = {
             "server": {"host": HOST, "port": port, "drain_seconds": 2},
@@ -116,6 +116,21 @@ def own_server(home: Path, models: Path, model: str, *, starter: bool) -> Launch
         return own_python("-m", "opta_lmx", "--config", str(config))
 
     return Launch(OWN, model, home, command)
+
+
+def link_imported(target: Target, models: Path) -> None:
+    """Puts a model that our server imported among ``models``, for all that come after it."""
+    assert target.launch is not None
+    link_tree(_own_models(target.launch.home, target.port) / target.model, models / target.model)
+
+
+def _own_models(home: Path, port: int) -> Path:
+    return home / f"models-{port}"
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """A new directory with the same files, no byte of them copied."""
+    shutil.copytree(source, target, copy_function=os.link)
 
 
 def vllm_mlx_server(home: Path, directory: Path, model: str, python: str) -> Launch:

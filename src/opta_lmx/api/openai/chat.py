@@ -26,11 +26,14 @@ from opta_lmx.api.sse import EventStream, cache_header
 from opta_lmx.api.validation import validate_request, wrong_value
 from opta_lmx.config_models import Preset
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
-from opta_lmx.types import ChatPrompt, EncodedPrompt, GenerateRequest, JsonObject, SamplingParams, encode_prompt
+from opta_lmx.types import ChatPrompt, Encoded, GenerateRequest, JsonObject, SamplingParams
 
 router = Router()
 
 _Understood: TypeAlias = tuple[ChatRequest, ToolUse, GenerateRequest]
+
+# What of a request its answer is written from.
+_ANSWERED_BY: Final = ("logprobs", "metadata", "model", "n", "service_tier", "stream", "stream_options")
 
 # Not variables of a template but arguments of the function that renders one: a client must not choose the template
 # itself (it is code), nor what is done with its text.
@@ -88,19 +91,22 @@ async def _read(request: Request, services: Services) -> _Understood:
         chat, use, wanted = _understand(request_id, services.engine.preset, b"".join(pieces))
         return chat, use, msgspec.structs.replace(wanted, caller=caller)
     apart = partial(_understand_apart, request_id, services.engine.preset_finder())
-    (chat, use, wanted), prompt = await understand_apart(apart, pieces)
-    return chat, use, msgspec.structs.replace(wanted, prompt=EncodedPrompt(prompt), caller=caller)
+    (chat, use, wanted), bulks = await understand_apart(apart, pieces)
+    prompt, structured = map(Encoded, bulks)
+    return chat, use, msgspec.structs.replace(wanted, prompt=prompt, structured=structured, caller=caller)
 
 
 def _understand_apart(
     request_id: str, preset_of: Callable[[str], Preset | None], body: bytes
-) -> tuple[_Understood, bytes]:
-    """The same without the conversation, and the conversation as a worker takes it; runs in another process."""
+) -> tuple[_Understood, list[bytes]]:
+    """What the answer is written from, and as a worker takes them the prompt and the grammar; runs in another process.
+
+    The server's process makes no object of what the client sent in bulk.
+    """
     chat, use, wanted = _understand(request_id, preset_of, body)
-    assert not isinstance(wanted.prompt, EncodedPrompt)
-    prompt = encode_prompt(wanted.prompt)
-    chat = chat.model_copy(update={"messages": [], "tools": None})
-    return (chat, use, msgspec.structs.replace(wanted, prompt=EncodedPrompt())), prompt
+    bulks = [msgspec.msgpack.encode(part) for part in (wanted.prompt, wanted.structured)]
+    told = ChatRequest.model_construct(messages=[], **{name: getattr(chat, name) for name in _ANSWERED_BY})
+    return (told, use.sealed(), msgspec.structs.replace(wanted, prompt=Encoded(), structured=Encoded())), bulks
 
 
 def _understand(request_id: str, preset_of: Callable[[str], Preset | None], body: bytes) -> _Understood:

@@ -25,7 +25,7 @@ from opta_lmx.api.validation import validate_request
 from opta_lmx.config_models import Preset
 from opta_lmx.errors import InvalidRequest, UnsupportedParameter
 from opta_lmx.inference.engine import Generation, InferenceEngine
-from opta_lmx.types import EncodedPrompt, GenerateRequest, JsonObject, Prompt, SamplingParams, TextPrompt
+from opta_lmx.types import Encoded, GenerateRequest, JsonObject, Prompt, SamplingParams, TextPrompt
 
 router = Router()
 
@@ -155,7 +155,7 @@ def _sampling(completion: CompletionRequest, *, in_tokens: bool) -> SamplingPara
     )
 
 
-def _echo(completion: CompletionRequest, prompt: Prompt | EncodedPrompt) -> str:
+def _echo(completion: CompletionRequest, prompt: Prompt | Encoded) -> str:
     """What precedes the model's words in an answer to this prompt."""
     return prompt.text if completion.echo and isinstance(prompt, TextPrompt) else ""
 

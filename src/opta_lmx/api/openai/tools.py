@@ -4,7 +4,9 @@ A schema is looked at here only from outside; whether it can be enforced is foun
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import msgspec
 
 from opta_lmx.api.openai.wire import AllowedTools, ChatRequest, FunctionTool, NamedTool, Tool, ToolChoice
 from opta_lmx.api.validation import missing
@@ -28,6 +30,12 @@ class OfferedTool:
         name: str = self.shown["function"]["name"]
         return name
 
+    def sealed(self) -> "OfferedTool":
+        """What a parser needs of it, the schema as JSON: thousands of objects are not made before a call asks."""
+        function = self.shown["function"]
+        schema = msgspec.Raw(msgspec.json.encode(function.get("parameters")))
+        return replace(self, shown={"type": "function", "function": {"name": self.name, "parameters": schema}})
+
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
@@ -42,6 +50,10 @@ class ToolUse:
     forced: bool = False
     single: bool = False
     legacy: bool = False
+
+    def sealed(self) -> "ToolUse":
+        """What is needed to read the answer, once the model is told of the tools."""
+        return replace(self, shown=(), tools=tuple(tool.sealed() for tool in self.tools))
 
     def grammar(self) -> Structured | None:
         """The grammar that enforces a call; None where none is forced."""

@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from opta_lmx.inference.output.cursor import Malformed
 from opta_lmx.inference.output.json_text import decoded
 from opta_lmx.types import JsonObject
@@ -13,23 +15,24 @@ _PYTHON_FAILURES = (ValueError, SyntaxError, TypeError, RecursionError, MemoryEr
 
 
 class Parameters:
-    """The schemas of every tool's parameters, by tool and name."""
+    """The schemas of every tool's parameters, by tool and name.
+
+    A tool's whole schema may be ``msgspec.Raw``, JSON that is read when the tool is first called.
+    """
 
     def __init__(self, tools: Sequence[JsonObject]) -> None:
-        self._schemas: dict[str, Mapping[str, Any]] = {}
+        self._schemas: dict[str, object] = {}
         for tool in tools:
             function = tool.get("function")
             if isinstance(function, Mapping) and isinstance(function.get("name"), str):
-                schema = function.get("parameters")
-                properties = schema.get("properties") if isinstance(schema, Mapping) else None
-                self._schemas[function["name"]] = properties if isinstance(properties, Mapping) else {}
+                self._schemas[function["name"]] = function.get("parameters")
 
     def typed(self, tool: str, name: str, value: str) -> Any:
         """``value`` as the type the schema gives it, the text itself where it cannot be that.
 
         A parameter no schema describes is what its text says in JSON, else a string.
         """
-        kinds = frozenset(_kinds(self._schemas.get(tool, {}).get(name)))
+        kinds = frozenset(_kinds(self._properties(tool).get(name)))
         if "string" in kinds:
             return None if value == "null" and "null" in kinds else value
         try:
@@ -37,6 +40,13 @@ class Parameters:
         except Malformed:
             found = _python_value(value, kinds)
         return found if not kinds or _kind(found) in kinds or _fits_number(found, kinds) else value
+
+    def _properties(self, tool: str) -> Mapping[str, Any]:
+        schema = self._schemas.get(tool)
+        if isinstance(schema, msgspec.Raw):
+            schema = self._schemas[tool] = msgspec.json.decode(schema)
+        properties = schema.get("properties") if isinstance(schema, Mapping) else None
+        return properties if isinstance(properties, Mapping) else {}
 
 
 def python_arguments(text: str) -> str:
