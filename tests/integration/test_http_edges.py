@@ -72,7 +72,7 @@ REFUSED: Final = {
     "half a character first": Refused(400, message("\\ud83d"), "invalid_value", "messages[0].content"),
     "half a character last": Refused(400, message("x\\ude00"), "invalid_value", "messages[0].content"),
     "halves in the wrong order": Refused(400, message("\\ude00\\ud83d"), "invalid_value", "messages[0].content"),
-    "far too deep": Refused(400, b'{"model":' * 100_000 + b"1" + b"}" * 100_000),
+    "far too deep": Refused(400, b'{"model":' * 100_000 + b"1" + b"}" * 100_000, param="model"),
     "no model": Refused(400, json.dumps({"messages": []}).encode()),
     "unknown model": Refused(404, json.dumps(chat("b", "x")).encode(), "model_not_found", "model"),
     "no tokens wanted": Refused(

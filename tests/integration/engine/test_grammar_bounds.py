@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -169,6 +169,24 @@ def test_a_pattern_or_a_grammar_is_compiled_or_refused_soon(compiler: "GrammarCo
     kind, spec, outcome = OTHERS[name]
     field = f"structured_outputs.{kind}"
     check(compiler, Structured(kind, spec, field), outcome, field)  # type: ignore[arg-type]  # one of the kinds
+
+
+@pytest.mark.parametrize("slow_looks", [1, 2])
+def test_one_slow_moment_refuses_nobody(
+    compiler: "GrammarCompiler", monkeypatch: pytest.MonkeyPatch, slow_looks: int
+) -> None:
+    """A mask has to be slow twice: a machine may stand still for a quarter of a second."""
+    clock = chain_of([0.0, 1.0] * slow_looks, time.thread_time)
+    monkeypatch.setattr(time, "thread_time", lambda: next(clock))
+    outcome = COMPILED if slow_looks == 1 else r"more than 0.25 s to find"
+    check(compiler, Structured("json_schema", {"const": "x"}), outcome, "response_format")
+
+
+def chain_of(first: Sequence[float], then: Callable[[], float]) -> Iterator[float]:
+    """Some values, and then what a clock says."""
+    yield from first
+    while True:
+        yield then()
 
 
 def test_of_several_tools_the_one_at_fault_is_named(compiler: "GrammarCompiler") -> None:
