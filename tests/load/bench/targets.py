@@ -104,7 +104,7 @@ def own_server(home: Path, models: Path, model: str, *, starter: bool) -> Launch
 
     def command(port: int) -> list[str]:
         own = _own_models(home, port)
-        link_tree(models, own)
+        _link_tree(models, own)
         config = home / f"config-{port}.yaml"
         sections = {
             "server": {"host": HOST, "port": port, "drain_seconds": 2},
@@ -121,14 +121,14 @@ def own_server(home: Path, models: Path, model: str, *, starter: bool) -> Launch
 def link_imported(target: Target, models: Path) -> None:
     """Puts a model that our server imported among ``models``, for all that come after it."""
     assert target.launch is not None
-    link_tree(_own_models(target.launch.home, target.port) / target.model, models / target.model)
+    _link_tree(_own_models(target.launch.home, target.port) / target.model, models / target.model)
 
 
 def _own_models(home: Path, port: int) -> Path:
     return home / f"models-{port}"
 
 
-def link_tree(source: Path, target: Path) -> None:
+def _link_tree(source: Path, target: Path) -> None:
     """A new directory with the same files, no byte of them copied."""
     shutil.copytree(source, target, copy_function=os.link)
 
