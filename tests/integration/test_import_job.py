@@ -250,11 +250,20 @@ async def until(holds: Callable[[], bool]) -> None:
         await anyio.sleep(0.002)
 
 
-def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children()}
+@pytest.fixture
+def children() -> Callable[[], set[int]]:
+    """The processes this one has started since the test began and has not reaped; earlier ones are other tests'."""
+
+    def present() -> set[int]:
+        return {child.pid for child in psutil.Process().children()}
+
+    earlier = present()
+    return lambda: present() - earlier
 
 
-async def test_cancelling_ends_the_job_and_removes_its_files(starter: StarterModel, tmp_path: Path) -> None:
+async def test_cancelling_ends_the_job_and_removes_its_files(
+    starter: StarterModel, tmp_path: Path, children: Callable[[], set[int]]
+) -> None:
     """The process is gone and nothing is left when the cancelled call returns, also in the middle of the weights."""
     target = tmp_path / "out"
     with anyio.fail_after(_BOUND):
@@ -267,7 +276,9 @@ async def test_cancelling_ends_the_job_and_removes_its_files(starter: StarterMod
     assert names_in(tmp_path) == set()
 
 
-async def test_a_waiter_takes_over_from_a_cancelled_caller(tiny: Path, tmp_path: Path) -> None:
+async def test_a_waiter_takes_over_from_a_cancelled_caller(
+    tiny: Path, tmp_path: Path, children: Callable[[], set[int]]
+) -> None:
     """If the caller whose job it is leaves, the next one starts it again and everybody else gets that outcome."""
     importer, target = GgufImporter(), tmp_path / "out"
     done: list[str] = []
@@ -294,7 +305,7 @@ async def test_a_waiter_takes_over_from_a_cancelled_caller(tiny: Path, tmp_path:
     assert not staging_of(target).exists()
 
 
-async def test_closing_ends_every_import(tiny: Path, tmp_path: Path) -> None:
+async def test_closing_ends_every_import(tiny: Path, tmp_path: Path, children: Callable[[], set[int]]) -> None:
     """Everybody who waits is told that the server stops, the process has gone then, and no other import begins."""
     importer, target = GgufImporter(), tmp_path / "out"
 
@@ -313,7 +324,7 @@ async def test_closing_ends_every_import(tiny: Path, tmp_path: Path) -> None:
     assert not target.exists()
 
 
-async def test_a_job_that_stands_still_is_ended(tiny: Path, tmp_path: Path) -> None:
+async def test_a_job_that_stands_still_is_ended(tiny: Path, tmp_path: Path, children: Callable[[], set[int]]) -> None:
     """Without progress for the bound it is killed, and its callers are told."""
     with held(staging_of(tmp_path / "out")):
         with pytest.raises(GgufError, match=r"no progress for 0\.5 seconds"):
