@@ -40,18 +40,20 @@ def _sample_few(logits: Logits, group: RowGroup, draws: npt.NDArray[np.float64])
     """By the rule of _sample_many, looking at little more than the largest top-k."""
     ids, found = _candidates(logits, min(group.most, logits.shape[-1]), floor=_LOWEST)
     weights = np.exp((found - found.max(axis=-1, keepdims=True)) * group.scale).astype(np.float64)
-    best = np.sort(weights, axis=-1)[:, ::-1]
-    within = np.arange(best.shape[-1]) < group.top_k
-    mass = np.cumsum(np.where(within, best, 0.0), axis=-1)
-    keep = within & (mass - best < group.top_p * mass[:, -1:]) & (best >= group.min_p * best[:, :1])
+    best = np.sort(weights, axis=-1)[:, : -1 - group.most : -1]
+    within = group.within[:, : best.shape[-1]]
+    mass = np.cumsum(best if group.one_top_k else np.where(within, best, 0.0), axis=-1)
+    keep = within & (mass - best < group.top_p * mass[:, -1:])
+    if group.has_min_p:
+        keep &= best >= group.min_p * best[:, :1]
     count = np.maximum(keep.sum(axis=-1), 1)
-    each = np.arange(len(best))
-    _drop_below(weights, best[each, count - 1], count)
+    _drop_below(weights, best[np.arange(len(best)), count - 1], count)
     reached = np.cumsum(weights, axis=-1)
     at = (reached <= (draws * reached[:, -1])[:, None]).sum(axis=-1)
-    # A product that was rounded up can step past the last likely candidate.
-    at = np.minimum(at, best.shape[-1] - 1 - np.argmax(weights[:, ::-1] > 0, axis=-1))
-    chosen: npt.NDArray[np.intp] = ids[each, at]
+    if at.max() == reached.shape[-1]:
+        # A product that was rounded up can step past the last likely candidate.
+        at = np.minimum(at, reached.shape[-1] - 1 - np.argmax(weights[:, ::-1] > 0, axis=-1))
+    chosen: npt.NDArray[np.intp] = ids[np.arange(len(ids)), at]
     return chosen
 
 
@@ -71,14 +73,16 @@ def _candidates(values: Logits, width: int, floor: float) -> tuple[npt.NDArray[n
     else:
         bound = np.full(rows, floor, dtype=np.float32)
     flat = np.flatnonzero(values >= bound[:, None])
-    row = flat // size
-    counts = np.bincount(row, minlength=rows)
-    place = np.arange(len(flat)) - (np.cumsum(counts) - counts)[row]
-    ids = np.zeros((rows, max(int(counts.max()), 1)), dtype=np.intp)
-    found = np.full(ids.shape, -np.inf, dtype=np.float32)
-    ids[row, place] = flat - row * size
-    found[row, place] = values.ravel()[flat]
-    return ids, found
+    each = np.arange(rows + 1)
+    borders = flat.searchsorted(each * size)
+    counts = borders[1:] - borders[:-1]
+    widest = max(int(counts.max()), 1)
+    place = np.arange(len(flat)) + (each * widest - borders)[:-1].repeat(counts)
+    ids = np.zeros(rows * widest, dtype=np.intp)
+    found = np.full(rows * widest, -np.inf, dtype=np.float32)
+    ids[place] = flat % size
+    found[place] = values.ravel()[flat]
+    return ids.reshape(rows, widest), found.reshape(rows, widest)
 
 
 def _sample_many(logits: Logits, group: RowGroup, draws: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
