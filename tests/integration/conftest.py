@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +99,17 @@ def wait_gone(processes: Iterable[psutil.Process], seconds: float = 5.0) -> list
         time.sleep(0.01)
         left = [process for process in left if is_running(process)]
     return left
+
+
+@pytest.fixture
+def children() -> Callable[[], set[psutil.Process]]:
+    """The processes this one has started since the test began and has not reaped; earlier ones are other tests'."""
+
+    def present() -> set[psutil.Process]:
+        return set(psutil.Process().children())
+
+    earlier = present()
+    return lambda: present() - earlier
 
 
 class StartServer(Protocol):

@@ -250,19 +250,8 @@ async def until(holds: Callable[[], bool]) -> None:
         await anyio.sleep(0.002)
 
 
-@pytest.fixture
-def children() -> Callable[[], set[int]]:
-    """The processes this one has started since the test began and has not reaped; earlier ones are other tests'."""
-
-    def present() -> set[int]:
-        return {child.pid for child in psutil.Process().children()}
-
-    earlier = present()
-    return lambda: present() - earlier
-
-
 async def test_cancelling_ends_the_job_and_removes_its_files(
-    starter: StarterModel, tmp_path: Path, children: Callable[[], set[int]]
+    starter: StarterModel, tmp_path: Path, children: Callable[[], set[psutil.Process]]
 ) -> None:
     """The process is gone and nothing is left when the cancelled call returns, also in the middle of the weights."""
     target = tmp_path / "out"
@@ -277,7 +266,7 @@ async def test_cancelling_ends_the_job_and_removes_its_files(
 
 
 async def test_a_waiter_takes_over_from_a_cancelled_caller(
-    tiny: Path, tmp_path: Path, children: Callable[[], set[int]]
+    tiny: Path, tmp_path: Path, children: Callable[[], set[psutil.Process]]
 ) -> None:
     """If the caller whose job it is leaves, the next one starts it again and everybody else gets that outcome."""
     importer, target = GgufImporter(), tmp_path / "out"
@@ -305,7 +294,9 @@ async def test_a_waiter_takes_over_from_a_cancelled_caller(
     assert not staging_of(target).exists()
 
 
-async def test_closing_ends_every_import(tiny: Path, tmp_path: Path, children: Callable[[], set[int]]) -> None:
+async def test_closing_ends_every_import(
+    tiny: Path, tmp_path: Path, children: Callable[[], set[psutil.Process]]
+) -> None:
     """Everybody who waits is told that the server stops, the process has gone then, and no other import begins."""
     importer, target = GgufImporter(), tmp_path / "out"
 
@@ -324,7 +315,9 @@ async def test_closing_ends_every_import(tiny: Path, tmp_path: Path, children: C
     assert not target.exists()
 
 
-async def test_a_job_that_stands_still_is_ended(tiny: Path, tmp_path: Path, children: Callable[[], set[int]]) -> None:
+async def test_a_job_that_stands_still_is_ended(
+    tiny: Path, tmp_path: Path, children: Callable[[], set[psutil.Process]]
+) -> None:
     """Without progress for the bound it is killed, and its callers are told."""
     with held(staging_of(tmp_path / "out")):
         with pytest.raises(GgufError, match=r"no progress for 0\.5 seconds"):

@@ -1,9 +1,10 @@
 """Grammars made to hurt, with the real compiler: each is compiled or refused, soon, and nothing else suffers."""
 
+import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -176,17 +177,10 @@ def test_one_slow_moment_refuses_nobody(
     compiler: "GrammarCompiler", monkeypatch: pytest.MonkeyPatch, slow_looks: int
 ) -> None:
     """A mask has to be slow twice: a machine may stand still for a quarter of a second."""
-    clock = chain_of([0.0, 1.0] * slow_looks, time.thread_time)
+    clock = itertools.chain([0.0, 1.0] * slow_looks, iter(time.thread_time, None))
     monkeypatch.setattr(time, "thread_time", lambda: next(clock))
     outcome = COMPILED if slow_looks == 1 else r"more than 0.25 s to find"
     check(compiler, Structured("json_schema", {"const": "x"}), outcome, "response_format")
-
-
-def chain_of(first: Sequence[float], then: Callable[[], float]) -> Iterator[float]:
-    """Some values, and then what a clock says."""
-    yield from first
-    while True:
-        yield then()
 
 
 def test_of_several_tools_the_one_at_fault_is_named(compiler: "GrammarCompiler") -> None:
@@ -249,23 +243,23 @@ PLAIN: Final = 'start: "a"'
     ],
     ids=["time", "memory", "stack"],
 )
-def test_a_trial_ends_at_its_bounds(grammar: str, seconds: float, mebibytes: int, fault: str) -> None:
+def test_a_trial_ends_at_its_bounds(
+    grammar: str, seconds: float, mebibytes: int, fault: str, children: Callable[[], set[psutil.Process]]
+) -> None:
     """Time, memory and stack: the process is lost, the next grammar gets another, and none is left behind."""
-    before = set(psutil.Process().children())
     trial = GrammarTrial(mebibytes * 1024**2)
     assert fault in (trial.fault(grammar, seconds) or "")
     assert trial.fault(PLAIN) is None
-    assert len(set(psutil.Process().children()) - before) == 1
+    assert len(children()) == 1
     del trial
-    assert set(psutil.Process().children()) <= before
+    assert children() == set()
 
 
-def test_a_trial_that_was_killed_is_started_again() -> None:
+def test_a_trial_that_was_killed_is_started_again(children: Callable[[], set[psutil.Process]]) -> None:
     """Somebody else may end the process while it is idle; the next grammar does not suffer for it."""
-    before = set(psutil.Process().children())
     trial = GrammarTrial()
     assert trial.fault(PLAIN) is None
-    [process] = set(psutil.Process().children()) - before
+    [process] = children()
     os.kill(process.pid, signal.SIGKILL)
     process.wait(10)
     assert trial.fault(PLAIN) is None

@@ -42,18 +42,19 @@ def _sample_few(logits: Logits, group: RowGroup, draws: npt.NDArray[np.float64])
     weights = np.exp((found - found.max(axis=-1, keepdims=True)) * group.scale).astype(np.float64)
     best = np.sort(weights, axis=-1)[:, : -1 - group.most : -1]
     within = group.within[:, : best.shape[-1]]
-    mass = np.cumsum(best if group.one_top_k else np.where(within, best, 0.0), axis=-1)
+    mass = np.cumsum(np.where(within, best, 0.0), axis=-1)
     keep = within & (mass - best < group.top_p * mass[:, -1:])
     if group.has_min_p:
         keep &= best >= group.min_p * best[:, :1]
     count = np.maximum(keep.sum(axis=-1), 1)
-    _drop_below(weights, best[np.arange(len(best)), count - 1], count)
+    each = np.arange(len(best))
+    _drop_below(weights, best[each, count - 1], count)
     reached = np.cumsum(weights, axis=-1)
     at = (reached <= (draws * reached[:, -1])[:, None]).sum(axis=-1)
     if at.max() == reached.shape[-1]:
         # A product that was rounded up can step past the last likely candidate.
         at = np.minimum(at, reached.shape[-1] - 1 - np.argmax(weights[:, ::-1] > 0, axis=-1))
-    chosen: npt.NDArray[np.intp] = ids[np.arange(len(ids)), at]
+    chosen: npt.NDArray[np.intp] = ids[each, at]
     return chosen
 
 

@@ -83,7 +83,6 @@ class RowGroup:
         self.cut = np.array([i for i, row in enumerate(chosen) if row.truncates], dtype=np.intp)
         self.has_min_p = any(row.min_p > 0.0 for row in chosen)
         self.most = max((row.top_k for row in chosen), default=0)
-        self.one_top_k = all(row.top_k == self.most for row in chosen)
         # Of the largest few of a row, in descending order: those that its top-k keeps.
         self.within = np.arange(self.most if few else 0) < self.top_k
         self._scratch: Logits | None = None
