@@ -228,11 +228,16 @@ class Engine:
         return any(answer.finish is None for (other, _), answer in self.answers.items() if other == id)
 
 
-def alone(tiny: TinyModel, tokens: ListOf[int], **sampling: Any) -> tuple[list[int], str, FinishReason | None]:
+def alone(
+    tiny: TinyModel,
+    tokens: ListOf[int],
+    launch: type[HostLaunch] | type[DeviceLaunch] | None = None,
+    **sampling: Any,
+) -> tuple[list[int], str, FinishReason | None]:
     """What a request says with an engine of its own, without a prefix cache; heard once a session."""
-    key = (tuple(tokens), repr(sorted(sampling.items())))
+    key = (tuple(tokens), launch, repr(sorted(sampling.items())))
     if key not in tiny.heard:
-        engine = Engine(tiny)
+        engine = Engine(tiny, launch=launch)
         engine.ask(0, tokens, **sampling)
         tiny.heard[key] = engine.run().said(0)
     said: tuple[list[int], str, FinishReason | None] = tiny.heard[key]

@@ -9,6 +9,7 @@ import pytest
 from mlx_lm import stream_generate
 
 from opta_lmx.inference.worker.batch import Caches
+from opta_lmx.inference.worker.sampler_rows import Logits
 from opta_lmx.inference.worker.sampling import DeviceLaunch, HostLaunch
 from opta_lmx.inference.worker.sequence import Sequence
 from opta_lmx.types import FinishReason, LoadOptions
@@ -35,6 +36,21 @@ _MIXED: list[dict[str, Any]] = [
     {"temperature": 0.0, "repetition_penalty": 1.3},
     {"temperature": 1.0, "top_k": 300, "top_p": 0.99, "logit_bias": {7: 3.0}, "seed": 6},
 ]
+
+
+class Idle:
+    """A processor that changes nothing, but whose batch waits for the tokens before it computes on."""
+
+    error: str | None = None
+
+    def prepare(self) -> None:
+        """Nothing can be done ahead."""
+
+    def apply(self, row: Logits) -> None:
+        """Leaves the row alone."""
+
+    def accept(self, token: int) -> None:
+        """Nothing to learn."""
 
 
 def _reference(tiny: TinyModel, prompt: list[int], max_tokens: int) -> list[int]:
@@ -203,10 +219,10 @@ def test_the_end_of_sequence_is_obeyed_put_off_or_ignored(tiny: Tiny, launch: La
 def test_looking_ahead_changes_no_greedy_text(tiny: Tiny, family: Family) -> None:
     """With the next forward queued before the tokens are known: same texts under arrivals, ends and cancellations."""
     model = tiny(family)
-    engines = [Engine(model, launch=launch) for launch in (HostLaunch, DeviceLaunch)]
-    for engine in engines:
+    engines = [Engine(model), Engine(model)]
+    for engine, processors in zip(engines, ([], [Idle()]), strict=True):
         for id, length in enumerate(_LENGTHS):
-            engine.ask(id, model.prompt(length), max_tokens=3 + id * 3, n=1 + id % 2)
+            engine.ask(id, model.prompt(length), processors=processors, max_tokens=3 + id * 3, n=1 + id % 2)
             engine.steps(2)
             if id == 5:
                 engine.cancel(3)
@@ -231,6 +247,22 @@ def test_seeds_hold_with_either_way_of_sampling(tiny: Tiny, launch: Launch) -> N
 
     together = run(list(range(len(_MIXED))))
     assert [together.said(id) for id in range(len(_MIXED))] == [run([id]).said(id) for id in range(len(_MIXED))]
+
+
+@_BOTH
+def test_nothing_is_computed_for_a_row_that_is_known_to_end(tiny: Tiny, launch: Launch) -> None:
+    """Of answers that end at their last allowed token, while others join and go on, every token is computed once."""
+    model = tiny("llama")
+    engine = Engine(model, LoadOptions(prefill_chunk_tokens=512), launch=launch)
+    for id, tokens in ((0, 3), (1, 7)):
+        engine.ask(id, model.prompt(5), max_tokens=tokens, ignore_eos=True)
+    engine.steps(2)
+    engine.ask(2, model.prompt(5, seed=1), max_tokens=5, ignore_eos=True)
+    model.model.shapes.clear()
+    engine.run()
+    decoded = sum(rows for rows, length in model.model.shapes if length == 1)
+    # Three forwards of the first two are built in two steps.
+    assert decoded == (3 + 7 - 3 * 2) + 5
 
 
 @_BOTH

@@ -207,7 +207,7 @@ def test_a_paused_sequence_goes_on_where_it_was(tiny: Tiny, family: Family, leav
     else:
         engine.scheduler.grant_kv(books.need(2, 512))
     engine.run().assert_empty()
-    expected = [alone(model, model.prompt(189, seed=id), **params) for id in range(2)]
+    expected = [alone(model, model.prompt(189, seed=id), launch, **params) for id in range(2)]
     assert engine.said(0) == expected[0]
     if leaves:
         assert engine.said(1)[2] is FinishReason.CANCELLED

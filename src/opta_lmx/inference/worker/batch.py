@@ -25,23 +25,23 @@ Caches = list[Any]  # one mlx-lm cache object a layer
 class DecodeBatch:
     """Rows stand in the order of ``sequences``; newcomers enter at the next forward, at the end.
 
-    The next forward is always built while one runs, so a row that turns out to have ended is computed once in vain.
-    When it starts depends on the rows. Greedy ones, and sampled ones where ``sampler`` is DeviceLaunch, choose on the
-    device: it is queued at once, on tokens nobody has seen yet. Rows with processors, which must learn each token
-    first, and sampled ones where ``sampler`` is HostLaunch let it wait for the tokens, which are then written into the
-    memory it reads them from.
+    The next forward is always built while one runs, so a row that turns out to have ended is computed once in vain. One
+    that is known to end, since its answer has all the tokens it may have, is not.
+    When it starts depends on the rows. Where all are chosen for in MLX it is queued at once, on tokens nobody has seen
+    yet. Where some are numpy's, rows with processors above all, which must learn each token first, it waits for the
+    tokens, which are then written into the memory it reads them from.
     """
 
     def __init__(
         self,
         model: Any,
-        sampler: type[HostLaunch] | type[DeviceLaunch],
+        launch: type[HostLaunch] | type[DeviceLaunch],
         on_end: Callable[[Sequence, int, Caches], None] | None = None,
     ) -> None:
         """``on_end`` is given each sequence that ends, the number of answer tokens its cache covers, and that cache."""
         self.sequences: list[Sequence] = []
         self._model = model
-        self._sampler = sampler
+        self._launch = launch
         self._on_end = on_end
         self._cache: Caches = []
         # A single row decodes on its plain cache: no padding, so no mask (a sixth of a small model's step on the CPU).
@@ -76,27 +76,31 @@ class DecodeBatch:
             return []
         self._launched = None
         collected = list(self.sequences)
-        tokens = self._collect(launched, self._admit())
+        staying = [at for at, sequence in enumerate(collected) if not sequence.is_at_last_token]
+        leaving = self._part_with(collected, staying) if len(staying) < len(collected) else []
+        tokens = self._collect(launched, staying, self._admit())
         logits = launched.logits() if any(sequence.wants_logprobs for sequence in collected) else None
-        ended = False
         for at, (sequence, token) in enumerate(zip(collected, tokens, strict=True)):
-            row = logits[at] if logits is not None and sequence.wants_logprobs else None
-            ended |= sequence.take(token, row)
-        if ended:
-            self._report_ends(collected)
-            self._keep([at for at, sequence in enumerate(self.sequences) if sequence.finish is None])
+            sequence.take(token, logits[at] if logits is not None and sequence.wants_logprobs else None)
+        for sequence, caches in leaving:
+            self._report_end(sequence, caches, unfed=1)
+        self._remove_ended()
         prepare_processors(self._table)
         return collected
 
-    def _collect(self, launched: Launched, newcomers: list[int]) -> list[int]:
-        """The tokens of ``launched``, with the forward that follows it queued: over its rows and the newcomers'.
+    def _part_with(self, sequences: list[Sequence], staying: list[int]) -> list[tuple[Sequence, Caches]]:
+        """Take out all rows but ``staying``, whose last token is on its way: the next forward is not for them."""
+        gone = sorted(set(range(len(sequences))).difference(staying))
+        leaving = [(sequences[at], self._row_caches(at)) for at in gone] if self._on_end is not None else []
+        self._keep(staying)
+        return leaving
 
-        None follows if nobody is known to go on.
-        """
-        if not newcomers and all(sequence.is_at_last_token for sequence in self.sequences):
+    def _collect(self, launched: Launched, staying: list[int], newcomers: list[int]) -> list[int]:
+        """The tokens of ``launched``, with the forward that follows queued: for its rows ``staying`` and newcomers."""
+        if not self.sequences:
             return launched.collect()
         if launched.tokens is not None:
-            inputs = mx.concatenate([launched.tokens, mx.array(newcomers)]) if newcomers else launched.tokens
+            inputs = _following(launched.tokens, staying, newcomers)
             self._launched = self._forward(inputs)
             self._launched.start()
             return launched.collect()
@@ -104,7 +108,7 @@ class DecodeBatch:
             self._tokens = TokenRow(len(self.sequences))
         self._launched = self._forward(self._tokens.lazy)
         tokens = launched.collect()
-        self._tokens.write(tokens + newcomers)
+        self._tokens.write([tokens[at] for at in staying] + newcomers)
         self._launched.start()
         return tokens
 
@@ -121,7 +125,7 @@ class DecodeBatch:
     def pause_newest(self) -> Sequence:
         """Take the last row out, with its cache but not its tokens: it can be computed again from those."""
         sequence = self.sequences[-1]
-        if self._launched is not None and self._launched.tokens is not None:
+        if self._launched is not None:
             sequence.sampler.take_back()
         self._keep(list(range(len(self.sequences) - 1)))
         return sequence
@@ -149,12 +153,7 @@ class DecodeBatch:
                     if padding is not None
                 ]
             )
-        return self._launch()(logits, self._table)
-
-    def _launch(self) -> type[HostLaunch] | type[DeviceLaunch]:
-        if self._table.processed:
-            return HostLaunch
-        return self._sampler if len(self._table.sampled) else DeviceLaunch
+        return self._launch(logits, self._table)
 
     def _admit(self) -> list[int]:
         """Merge the newcomers into the joint cache; their first input tokens."""
@@ -178,15 +177,25 @@ class DecodeBatch:
         self._table = RowTable([sequence.sampler for sequence in self.sequences])
         return [token for _, _, token in joining]
 
-    def _report_ends(self, collected: list[Sequence]) -> None:
-        """Hand over the caches of rows that ended. Each lacks the answer's last token, unless that is being fed."""
-        if self._on_end is None:
+    def _remove_ended(self) -> None:
+        """Take out the rows that turned out to have ended; each is being fed its last token all the same."""
+        staying = [at for at, sequence in enumerate(self.sequences) if sequence.finish is None]
+        if len(staying) == len(self.sequences):
             return
-        unfed = 1 if self._launched is None else 0
-        for at, sequence in enumerate(collected):
-            if sequence.finish is not None and sequence.error is None:
-                caches = self._cache if self._alone else [row_of(layer, at) for layer in self._cache]
-                self._on_end(sequence, len(sequence.tokens) - unfed, caches)
+        if self._on_end is not None:
+            for at, sequence in enumerate(self.sequences):
+                if sequence.finish is not None:
+                    self._report_end(sequence, self._row_caches(at), unfed=0)
+        self._keep(staying)
+
+    def _report_end(self, sequence: Sequence, caches: Caches, unfed: int) -> None:
+        """Hand over the cache of a row that ended, which lacks so many of the answer's tokens."""
+        if self._on_end is not None and sequence.error is None:
+            self._on_end(sequence, len(sequence.tokens) - unfed, caches)
+
+    def _row_caches(self, at: int) -> Caches:
+        """One row's part of the joint cache."""
+        return self._cache if self._alone else [row_of(layer, at) for layer in self._cache]
 
     def _keep(self, rows: list[int]) -> None:
         self.sequences = [self.sequences[at] for at in rows]
@@ -218,6 +227,13 @@ class TokenRow:
     def write(self, tokens: list[int]) -> None:
         """Set all tokens; no forward that reads them may be under way. One that is not a token reads as 0."""
         np.maximum(tokens, 0, out=self._view)
+
+
+def _following(tokens: mx.array, staying: list[int], newcomers: list[int]) -> mx.array:
+    """What the next forward reads: ``tokens`` at the places that stay, then the newcomers'."""
+    if len(staying) < len(tokens):
+        tokens = tokens[mx.array(staying, dtype=mx.int32)]
+    return mx.concatenate([tokens, mx.array(newcomers, dtype=tokens.dtype)]) if newcomers else tokens
 
 
 def row_of(layer: Any, at: int) -> Any:

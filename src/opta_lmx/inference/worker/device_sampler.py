@@ -7,10 +7,10 @@ import numpy.typing as npt
 from opta_lmx.inference.worker.sampler_rows import RowTable
 
 
-def sample_on_device(logits: mx.array, table: RowTable) -> mx.array:
+def sample_on_device(logits: mx.array, table: RowTable, draws: npt.NDArray[np.float64]) -> mx.array:
     """The rule as one kernel chain for the whole batch; greedy rows keep their argmax."""
     rows, size = logits.shape
-    scale, draws = np.ones((rows, 1), np.float32), np.zeros((rows, 1), np.float32)
+    scale = np.ones((rows, 1), np.float32)
     top_k, top_p, min_p = np.full((rows, 1), size), np.ones((rows, 1), np.float32), np.zeros((rows, 1), np.float32)
     at = table.sampled
     for group in table.groups:
@@ -18,12 +18,12 @@ def sample_on_device(logits: mx.array, table: RowTable) -> mx.array:
         scale[own], top_p[own], min_p[own] = group.scale, group.top_p, group.min_p
         top_k[own] = np.minimum(group.top_k, size)
     # Rounded to float32 a draw may become 1, which lies beyond every token.
-    draws[at, 0] = np.minimum(table.draws(), np.nextafter(np.float32(1), np.float32(0)))
+    below_one = np.minimum(draws, np.nextafter(np.float32(1), np.float32(0))).astype(np.float32)[:, None]
     weights = mx.exp((logits - mx.max(logits, axis=-1, keepdims=True)) * mx.array(scale))
     if table.truncates:
         # Rows that cut nothing off keep k at the whole vocabulary, and with it every weight.
         weights = _cut_on_device(weights, mx.array(top_k), mx.array(top_p), mx.array(min_p))
-    return mx.where(mx.array(_marks(rows, at)), _draw_on_device(weights, draws), mx.argmax(logits, axis=-1))
+    return mx.where(mx.array(_marks(rows, at)), _draw_on_device(weights, below_one), mx.argmax(logits, axis=-1))
 
 
 def _cut_on_device(weights: mx.array, top_k: mx.array, top_p: mx.array, min_p: mx.array) -> mx.array:

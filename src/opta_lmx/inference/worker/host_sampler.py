@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from opta_lmx.inference.worker.sampler_rows import Logits, RowGroup, RowTable
+from opta_lmx.inference.worker.sampler_rows import NOT_A_NUMBER, Logits, RowGroup, RowTable
 
 # The largest weights that are looked at first; if some row keeps all, so many times more, and in the end all of them.
 _CANDIDATES = 512
@@ -21,13 +21,30 @@ _LEAST = float(np.finfo(np.float32).tiny)
 _BLOCK = 64
 
 
-def sample_on_host(logits: Logits, table: RowTable) -> npt.NDArray[np.intp]:
-    """``logits`` holds the sampled rows only."""
-    draws = table.draws()
-    if len(table.groups) == 1:
-        return _sample_group(logits, table.groups[0], draws)
+def choose_on_host(logits: Logits, table: RowTable, draws: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """The token of every row of ``logits`` (rows, vocabulary), by the numbers ``table`` drew for it."""
+    if not len(table.greedy):
+        return _sample(logits, table.groups, draws)
+    if not len(table.sampled):
+        return _likeliest(logits)
     tokens = np.empty(len(logits), dtype=np.intp)
-    for group in table.groups:
+    tokens[table.greedy] = _likeliest(logits[table.greedy])
+    tokens[table.sampled] = _sample(logits[table.sampled], table.groups, draws[table.sampled])
+    return tokens
+
+
+def _likeliest(logits: Logits) -> npt.NDArray[np.intp]:
+    tokens: npt.NDArray[np.intp] = logits.argmax(axis=-1)
+    # argmax finds a NaN if there is one.
+    tokens[np.isnan(logits[np.arange(len(tokens)), tokens])] = NOT_A_NUMBER
+    return tokens
+
+
+def _sample(logits: Logits, groups: list[RowGroup], draws: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    if len(groups) == 1:
+        return _sample_group(logits, groups[0], draws)
+    tokens = np.empty(len(logits), dtype=np.intp)
+    for group in groups:
         tokens[group.at] = _sample_group(logits[group.at], group, draws[group.at])
     return tokens
 
@@ -39,22 +56,24 @@ def _sample_group(logits: Logits, group: RowGroup, draws: npt.NDArray[np.float64
 def _sample_few(logits: Logits, group: RowGroup, draws: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
     """By the rule of _sample_many, looking at little more than the largest top-k."""
     ids, found = _candidates(logits, min(group.most, logits.shape[-1]), floor=_LOWEST)
-    weights = np.exp((found - found.max(axis=-1, keepdims=True)) * group.scale).astype(np.float64)
+    top = found.max(axis=-1, keepdims=True)
+    weights = np.exp((found - top) * group.scale).astype(np.float64)
     best = np.sort(weights, axis=-1)[:, : -1 - group.most : -1]
     within = group.within[:, : best.shape[-1]]
-    mass = np.cumsum(np.where(within, best, 0.0), axis=-1)
+    mass = (best * within).cumsum(axis=-1)
     keep = within & (mass - best < group.top_p * mass[:, -1:])
     if group.has_min_p:
         keep &= best >= group.min_p * best[:, :1]
     count = np.maximum(keep.sum(axis=-1), 1)
     each = np.arange(len(best))
     _drop_below(weights, best[each, count - 1], count)
-    reached = np.cumsum(weights, axis=-1)
+    reached = weights.cumsum(axis=-1)
     at = (reached <= (draws * reached[:, -1])[:, None]).sum(axis=-1)
     if at.max() == reached.shape[-1]:
         # A product that was rounded up can step past the last likely candidate.
         at = np.minimum(at, reached.shape[-1] - 1 - np.argmax(weights[:, ::-1] > 0, axis=-1))
     chosen: npt.NDArray[np.intp] = ids[each, at]
+    chosen[np.isnan(top[:, 0])] = NOT_A_NUMBER
     return chosen
 
 
@@ -62,8 +81,8 @@ def _candidates(values: Logits, width: int, floor: float) -> tuple[npt.NDArray[n
     """Ids, ascending, and values of all that may be among each row's ``width`` largest and are at least ``floor``.
 
     Of a row's columns, dealt to four piles for each one that is wanted, the ``width``-th largest best of a pile is a
-    bound that at least ``width`` columns reach, and few more do. Equals at the edge all reach it. Rows are filled up
-    with -inf.
+    bound that at least ``width`` columns reach, and few more do. Equals at the edge all reach it, and so does what is
+    not a number. Rows are filled up with -inf.
     """
     rows, size = values.shape
     piles = _PILES * width
@@ -73,7 +92,8 @@ def _candidates(values: Logits, width: int, floor: float) -> tuple[npt.NDArray[n
         bound = np.maximum(np.partition(best, piles - width, axis=-1)[:, piles - width], np.float32(floor))
     else:
         bound = np.full(rows, floor, dtype=np.float32)
-    flat = np.flatnonzero(values >= bound[:, None])
+    below = values < bound[:, None]
+    flat = np.flatnonzero(np.logical_not(below, out=below))
     each = np.arange(rows + 1)
     borders = flat.searchsorted(each * size)
     counts = borders[1:] - borders[:-1]
@@ -88,8 +108,12 @@ def _candidates(values: Logits, width: int, floor: float) -> tuple[npt.NDArray[n
 
 def _sample_many(logits: Logits, group: RowGroup, draws: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
     """Over the whole vocabulary."""
+    rows, size = logits.shape
     # In memory that is kept: a fresh array of this size would be mapped, and paged in, at every step.
-    weights = np.subtract(logits, logits.max(axis=-1, keepdims=True), out=group.scratch(logits.shape))
+    blocks = group.scratch(rows, size + -size % _BLOCK)
+    weights = blocks[:, :size]
+    top = logits.max(axis=-1, keepdims=True)
+    np.subtract(logits, top, out=weights)
     weights *= group.scale
     np.exp(weights, out=weights)  # unnormalised probabilities; the largest of each row is 1
     cut = group.cut
@@ -99,25 +123,25 @@ def _sample_many(logits: Logits, group: RowGroup, draws: npt.NDArray[np.float64]
         part = weights[cut]
         _cut(part, group.top_k[cut, 0], group.top_p[cut, 0], group.min_p[cut, 0])
         weights[cut] = part
-    return _draw(weights, draws)
+    chosen = _draw(blocks.reshape(rows, -1, _BLOCK), draws)
+    chosen[np.isnan(top[:, 0])] = NOT_A_NUMBER
+    return chosen
 
 
-def _draw(weights: Logits, draws: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
-    """Index drawn in proportion to ``weights`` (rows, n) at the quantiles ``draws`` (rows,), in two passes."""
-    rows, size = weights.shape
-    spill = -size % _BLOCK
-    if spill:
-        weights = np.pad(weights, ((0, 0), (0, spill)))
-    blocks = weights.reshape(rows, -1, _BLOCK)
-    reached = np.cumsum(blocks.sum(axis=-1), axis=-1, dtype=np.float64)
+def _draw(blocks: npt.NDArray[np.float32], draws: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """Index drawn in proportion to weights (rows, n, _BLOCK) at the quantiles ``draws`` (rows,), in two passes."""
+    rows, count, _ = blocks.shape
+    reached = np.zeros((rows, count + 1))
+    np.cumsum(blocks.sum(axis=-1), axis=-1, dtype=np.float64, out=reached[:, 1:])
     target = draws * reached[:, -1]
     each = np.arange(rows)
-    block = (reached <= target[:, None]).sum(axis=-1)
-    before = np.where(block > 0, reached[each, block - 1], 0.0)
-    inside = np.cumsum(blocks[each, block], axis=-1, dtype=np.float64)
-    offset = (inside <= (target - before)[:, None]).sum(axis=-1)
-    # Rounding between the two passes can step past the block; its last likely token is the right one then.
-    offset = np.minimum(offset, _BLOCK - 1 - np.argmax(blocks[each, block, ::-1] > 0, axis=-1))
+    block = (reached[:, 1:] <= target[:, None]).sum(axis=-1)
+    likely = blocks[each, block]
+    inside = likely.cumsum(axis=-1, dtype=np.float64)
+    offset = (inside <= (target - reached[each, block])[:, None]).sum(axis=-1)
+    if offset.max() == _BLOCK:
+        # Rounding between the two passes can step past the block; its last likely token is the right one then.
+        offset = np.minimum(offset, _BLOCK - 1 - np.argmax(likely[:, ::-1] > 0, axis=-1))
     chosen: npt.NDArray[np.intp] = block * _BLOCK + offset
     return chosen
 

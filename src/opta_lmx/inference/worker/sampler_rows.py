@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
 
+# Stands for the token of a row whose logits are not numbers: damaged weights, or an overflow in the model.
+NOT_A_NUMBER = -1
 # Up to this top-k a row is sampled from its candidates alone, and the rest of the vocabulary is never exponentiated.
 _FEW = 256
 # 1 / temperature from where on only the likeliest tokens are left in float32; beyond about 1e38 it would overflow.
@@ -52,6 +54,16 @@ class RowSampler:
         """True if part of the distribution is cut off."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
+    @property
+    def is_few(self) -> bool:
+        """True if the top-k is so small that the rest of the vocabulary need not be looked at closely."""
+        return 0 < self.top_k <= _FEW
+
+    @property
+    def steepness(self) -> float:
+        """What the logits are multiplied with."""
+        return min(1.0 / self.temperature, _STEEPEST)
+
     def draw(self) -> float:
         """The next uniform number in [0, 1)."""
         if self._returned:
@@ -76,7 +88,7 @@ class RowGroup:
         chosen = [rows[i] for i in at]
         self.at = np.array(at, dtype=np.intp)
         self.few = few
-        self.scale = np.array([[min(1.0 / row.temperature, _STEEPEST)] for row in chosen], dtype=np.float32)
+        self.scale = np.array([[row.steepness] for row in chosen], dtype=np.float32)
         self.top_k = np.array([row.top_k or np.iinfo(np.int64).max for row in chosen], dtype=np.int64)[:, None]
         self.top_p = np.array([row.top_p for row in chosen], dtype=np.float64)[:, None]
         self.min_p = np.array([row.min_p for row in chosen], dtype=np.float64)[:, None]
@@ -87,27 +99,45 @@ class RowGroup:
         self.within = np.arange(self.most if few else 0) < self.top_k
         self._scratch: Logits | None = None
 
-    def scratch(self, shape: tuple[int, ...]) -> Logits:
-        """Memory for one step's weights; its content is undefined."""
-        if self._scratch is None or self._scratch.shape != shape:
-            self._scratch = np.empty(shape, dtype=np.float32)
+    def scratch(self, rows: int, columns: int) -> Logits:
+        """Memory for one step's weights; what is in it is what the last user left, and 0 at first."""
+        if self._scratch is None or self._scratch.shape != (rows, columns):
+            self._scratch = np.zeros((rows, columns), dtype=np.float32)
         return self._scratch
 
 
 class RowTable:
-    """The rows' parameters as arrays, rebuilt only when the batch changes."""
+    """The rows' parameters as arrays, rebuilt only when the batch changes.
+
+    Rows without processors are of four kinds: ``greedy``, ``plain`` (nothing is cut off), ``few`` (a small top-k) and
+    ``hard`` (any other cut). ``greedy`` and ``sampled``, which is all others, count rows with processors too.
+    """
 
     def __init__(self, rows: Sequence[RowSampler]) -> None:
         self.rows = list(rows)
+        self.processed = [i for i, row in enumerate(self.rows) if row.processors]
+        self.greedy = np.array([i for i, row in enumerate(rows) if row.temperature == 0], dtype=np.intp)
         self.sampled = np.array([i for i, row in enumerate(rows) if row.temperature > 0], dtype=np.intp)
-        self.all_sampled = len(self.sampled) == len(self.rows)
         chosen = [self.rows[i] for i in self.sampled]
         self.truncates = any(row.truncates for row in chosen)
-        few = [i for i, row in enumerate(chosen) if 0 < row.top_k <= _FEW]
-        many = [i for i, row in enumerate(chosen) if not 0 < row.top_k <= _FEW]
+        few = [i for i, row in enumerate(chosen) if row.is_few]
+        many = [i for i, row in enumerate(chosen) if not row.is_few]
         self.groups = [RowGroup(chosen, at, few=at is few) for at in (few, many) if at]
-        self.processed = [i for i, row in enumerate(self.rows) if row.processors]
+        free = [i for i in self.sampled.tolist() if not self.rows[i].processors]
+        self.plain = [i for i in free if not self.rows[i].truncates]
+        self.plain_scale = np.ones((len(self.rows), 1), dtype=np.float32)
+        self.plain_scale[self.plain, 0] = [self.rows[i].steepness for i in self.plain]
+        few = [i for i in free if self.rows[i].is_few]
+        self.few = RowGroup(self.rows, few, few=True) if few else None
+        self.hard = [i for i in free if self.rows[i].truncates and not self.rows[i].is_few]
+        self._parts: dict[tuple[int, ...], RowTable] = {}
 
     def draws(self) -> npt.NDArray[np.float64]:
-        """One uniform number in [0, 1) for each sampled row."""
-        return np.array([self.rows[i].draw() for i in self.sampled], dtype=np.float64)
+        """One uniform number in [0, 1) for each row, of which those of greedy rows mean nothing."""
+        return np.array([row.draw() if row.temperature > 0 else 0.0 for row in self.rows], dtype=np.float64)
+
+    def part(self, rows: Sequence[int]) -> "RowTable":
+        """The table of some of the rows, the same one each time."""
+        if len(rows) == len(self.rows):
+            return self
+        return self._parts.setdefault(tuple(rows), RowTable([self.rows[i] for i in rows]))

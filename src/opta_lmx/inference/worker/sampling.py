@@ -2,23 +2,23 @@
 
 Order: processors (bias, penalties, grammar) on the logits, then temperature, then top-k, then top-p of what top-k left;
 min-p cuts what is less likely than that share of the likeliest token. Of equals at the edge the lower ids stay. A row
-draws one uniform number a token from its own generator and looks it up in the distribution of what is left, in the
-order of ids: its choices depend on its seed and its logits and on nothing else in the batch.
+draws one uniform number a token from its own generator: its choices depend on its seed and its logits and on nothing
+else in the batch.
 
-Two ways with the same rule: ``HostLaunch`` (host_sampler.py) and ``DeviceLaunch`` (device_sampler.py).
+Three ways, and a row's depends on its own parameters: numpy (host_sampler.py), MLX on a GPU (device_sampler.py), and
+MLX on the CPU (ahead_sampler.py). The first two look the number up in the distribution of what is left, in the order of
+ids; the third from the likeliest down, or makes noise of it.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from opta_lmx.inference.worker.ahead_sampler import choose_ahead
 from opta_lmx.inference.worker.device_sampler import sample_on_device
-from opta_lmx.inference.worker.host_sampler import sample_on_host
-from opta_lmx.inference.worker.sampler_rows import Logits, RowTable
-
-# Stands for the token of a row whose logits are not numbers: damaged weights, or an overflow in the model.
-NOT_A_NUMBER = -1
+from opta_lmx.inference.worker.host_sampler import choose_on_host
+from opta_lmx.inference.worker.sampler_rows import NOT_A_NUMBER, Logits, RowTable
 
 
 def prepare_processors(table: RowTable) -> None:
@@ -35,99 +35,96 @@ def run_processors(logits: Logits, table: RowTable) -> None:
             processor.apply(logits[i])
 
 
-class Launched(Protocol):
-    """One forward, and the choice that follows it. ``tokens`` are the choice where it can feed a forward unseen."""
+class Launched:
+    """One forward, and the choice that follows it.
 
-    tokens: mx.array | None
-
-    def start(self) -> None:
-        """Queue it; what it reads must be in place by now."""
-        ...
-
-    def keep(self, rows: list[int], table: RowTable) -> None:
-        """Forget every row but these; ``table`` describes the ones that stay."""
-        ...
-
-    def collect(self) -> list[int]:
-        """Wait for the forward; the chosen token of each row."""
-        ...
-
-    def logits(self) -> Logits:
-        """The processed logits the tokens were chosen from; call it after ``collect``."""
-        ...
-
-
-class HostLaunch:
-    """Waits for the logits, then samples in numpy. ``tokens`` stays None: they are not known ahead."""
+    The rows that MLX can choose for are chosen for in the same graph; the others, ``_late``, wait for their logits and
+    are numpy's. A row's way depends on its own parameters alone, so that company never changes what it says.
+    ``tokens`` (rows,) are the choice where it can feed the next forward before anybody has waited: where none is late.
+    """
 
     tokens: mx.array | None = None
 
     def __init__(self, logits: mx.array, table: RowTable) -> None:
         """``logits`` (rows, vocabulary), not evaluated yet."""
-        self._lazy = logits if logits.dtype == mx.float32 else logits.astype(mx.float32)
+        self._lazy = logits.astype(mx.float32)
         self._table = table
+        self._draws = table.draws()
+        self._late = self._find_late(table)
         self._host: Logits | None = None
+        self._chosen: mx.array | None = None
+        if len(self._late) < len(table.rows):
+            chosen = self._choose()
+            # Damaged weights make every logit NaN, so one tells.
+            self._chosen = mx.where(mx.isnan(self._lazy[:, 0]), NOT_A_NUMBER, chosen.astype(mx.int32))
+            self.tokens = None if self._late else chosen
+
+    @staticmethod
+    def _find_late(table: RowTable) -> list[int]:
+        """The rows that numpy chooses for, ascending."""
+        raise NotImplementedError
+
+    def _choose(self) -> mx.array:
+        """The tokens of all rows, of which those of late ones mean nothing."""
+        raise NotImplementedError
 
     def start(self) -> None:
-        """Queue the forward."""
-        mx.async_eval(self._lazy)
+        """Queue forward and choice; what they read must be in place by now."""
+        mx.async_eval(
+            [array for array in (self._chosen, self.tokens, self._lazy if self._late else None) if array is not None]
+        )
 
     def keep(self, rows: list[int], table: RowTable) -> None:
-        """Forget every row but these; ``table`` describes the ones that stay."""
-        self._lazy, self._table = self._lazy[mx.array(rows)], table
+        """Forget every row but these; ``table`` describes the ones that stay, and what is chosen stays chosen."""
+        at = mx.array(rows)
+        self._lazy, self._draws, self._table = self._lazy[at], self._draws[rows], table
+        self._late = self._find_late(table)
+        if self._chosen is not None:
+            self._chosen = self._chosen[at]
+            self.tokens = None if self._late else mx.maximum(self._chosen, 0)
 
     def collect(self) -> list[int]:
         """Wait for the forward; the chosen token of each row."""
+        if not self._late:
+            return _as_list(self._chosen)
         mx.eval(self._lazy)
-        table = self._table
-        logits: Logits = np.array(self._lazy, copy=bool(table.processed))
-        run_processors(logits, table)
+        logits: Logits = np.array(self._lazy, copy=bool(self._table.processed))
+        run_processors(logits, self._table)
         self._host = logits
-        tokens = logits.argmax(axis=-1)
-        # argmax finds a NaN if there is one.
-        broken = np.isnan(logits[np.arange(len(tokens)), tokens])
-        if len(table.sampled):
-            tokens[table.sampled] = sample_on_host(logits if table.all_sampled else logits[table.sampled], table)
-        tokens[broken] = NOT_A_NUMBER
+        part = self._table.part(self._late)
+        if part is self._table:
+            return _as_list(choose_on_host(logits, part, self._draws))
+        tokens = np.array(self._chosen)
+        tokens[self._late] = choose_on_host(logits[self._late], part, self._draws[self._late])
         return _as_list(tokens)
 
     def logits(self) -> Logits:
         """The processed logits the tokens were chosen from; call it after ``collect``."""
-        assert self._host is not None
-        return self._host
+        return np.array(self._lazy) if self._host is None else self._host
 
 
-class DeviceLaunch:
-    """Samples in MLX; ``tokens`` (rows,) can feed the next forward before anybody has waited for this one.
+class HostLaunch(Launched):
+    """For MLX's CPU backend: what ahead_sampler.py cannot do is numpy's."""
 
-    For rows without processors, which are numpy's: a batch with any of them is launched with HostLaunch.
-    """
+    @staticmethod
+    def _find_late(table: RowTable) -> list[int]:
+        return sorted(table.processed + table.hard)
 
-    def __init__(self, logits: mx.array, table: RowTable) -> None:
-        """``logits`` (rows, vocabulary), not evaluated yet."""
-        self._logits = logits.astype(mx.float32)
-        chosen = sample_on_device(self._logits, table) if len(table.sampled) else mx.argmax(logits, axis=-1)
-        self.tokens: mx.array | None = chosen
-        # Damaged weights make every logit NaN, so one tells.
-        self._chosen = mx.where(mx.isnan(self._logits[:, 0]), NOT_A_NUMBER, chosen.astype(mx.int32))
+    def _choose(self) -> mx.array:
+        return choose_ahead(self._lazy, self._table, self._draws)
 
-    def start(self) -> None:
-        """Queue the forward and the choice."""
-        mx.async_eval(self.tokens, self._chosen)
 
-    def keep(self, rows: list[int], table: RowTable) -> None:
-        """Forget every row but these; their tokens are chosen already, so the table is not asked again."""
-        at = mx.array(rows)
-        self._logits, self._chosen = self._logits[at], self._chosen[at]
-        self.tokens = mx.maximum(self._chosen, 0)
+class DeviceLaunch(Launched):
+    """For GPUs: only rows with processors, which are numpy's, are late."""
 
-    def collect(self) -> list[int]:
-        """Wait for the forward; the chosen token of each row."""
-        return _as_list(self._chosen)
+    @staticmethod
+    def _find_late(table: RowTable) -> list[int]:
+        return table.processed
 
-    def logits(self) -> Logits:
-        """The processed logits the tokens were chosen from."""
-        return np.array(self._logits)
+    def _choose(self) -> mx.array:
+        if len(self._table.sampled):
+            return sample_on_device(self._lazy, self._table, self._draws)
+        return mx.argmax(self._lazy, axis=-1)
 
 
 def _as_list(tokens: Any) -> list[int]:

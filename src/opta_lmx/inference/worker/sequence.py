@@ -9,8 +9,7 @@ from opta_lmx.inference.output.stop import StopStrings
 from opta_lmx.inference.worker.backend import Prepared
 from opta_lmx.inference.worker.detokenizer import Detokenizer, TokenTable
 from opta_lmx.inference.worker.prompt_scores import PromptScores
-from opta_lmx.inference.worker.sampler_rows import Logits, LogitsProcessor, RowSampler
-from opta_lmx.inference.worker.sampling import NOT_A_NUMBER
+from opta_lmx.inference.worker.sampler_rows import NOT_A_NUMBER, Logits, LogitsProcessor, RowSampler
 from opta_lmx.types import Delta, FinishReason, TokenLogprob
 
 # random.Random takes the absolute value of a seed, so that -1 and 1 would be the same; modulo 2**64 they are not.
