@@ -21,11 +21,11 @@ _DRAWS = 2**53
 
 
 def choose_ahead(logits: mx.array, table: RowTable, draws: npt.NDArray[np.float64]) -> mx.array:
-    """The token of every row (rows,) of ``logits`` (rows, vocabulary); a row of ``table.hard`` gets its likeliest."""
+    """The tokens (rows,) of all rows of ``logits`` (rows, vocabulary); those of rows that must wait mean nothing."""
     few = table.few
     if few is not None and len(few.at) == len(table.rows):
         return _choose_few(logits, few, draws)
-    tokens = mx.argmax(_with_noise(logits, table, draws) if len(table.plain) else logits, axis=-1)
+    tokens = mx.argmax(_with_noise(logits, table, draws) if table.plain else logits, axis=-1)
     if few is not None:
         at = mx.array(few.at)
         tokens[at] = _choose_few(logits[at], few, draws[few.at])

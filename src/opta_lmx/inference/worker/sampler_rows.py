@@ -80,7 +80,7 @@ class RowSampler:
 class RowGroup:
     """Sampled rows that are sampled in one way, and their parameters as columns.
 
-    ``at`` are their places among the sampled rows. A row's group depends on nothing but its own parameters, so that
+    ``at`` are their places among ``rows``. A row's group depends on nothing but its own parameters, so that
     company never changes what it says.
     """
 
@@ -127,8 +127,8 @@ class RowTable:
         self.plain = [i for i in free if not self.rows[i].truncates]
         self.plain_scale = np.ones((len(self.rows), 1), dtype=np.float32)
         self.plain_scale[self.plain, 0] = [self.rows[i].steepness for i in self.plain]
-        few = [i for i in free if self.rows[i].is_few]
-        self.few = RowGroup(self.rows, few, few=True) if few else None
+        ahead = [i for i in free if self.rows[i].is_few]
+        self.few = RowGroup(self.rows, ahead, few=True) if ahead else None
         self.hard = [i for i in free if self.rows[i].truncates and not self.rows[i].is_few]
         self._parts: dict[tuple[int, ...], RowTable] = {}
 
@@ -140,4 +140,7 @@ class RowTable:
         """The table of some of the rows, the same one each time."""
         if len(rows) == len(self.rows):
             return self
-        return self._parts.setdefault(tuple(rows), RowTable([self.rows[i] for i in rows]))
+        key = tuple(rows)
+        if key not in self._parts:
+            self._parts[key] = RowTable([self.rows[i] for i in rows])
+        return self._parts[key]
