@@ -183,12 +183,15 @@ def test_rows_with_little_left_stand_beside_rows_with_all(launch: Launch, rule: 
 
 
 @_BOTH
-@pytest.mark.parametrize("rule", [{"top_k": 100}, {"top_k": 7}, {"top_p": 0.95}])
+@pytest.mark.parametrize("rule", [{}, {"top_k": 100}, {"top_k": 7}, {"top_p": 0.95}])
 def test_the_last_quantile_gives_the_last_share(launch: Launch, rule: dict[str, Any]) -> None:
     """The largest number a generator can draw still falls inside the distribution, however it is rounded."""
     [logits] = _logits(1, 100, 1.0)
     row = _row(_LAST_QUANTILE, **rule)
-    _assert_right(launch, _choose(launch, logits[None], [row])[0], logits, row)
+    [token] = _choose(launch, logits[None], [row])
+    if _looks_up(launch, row):
+        _assert_right(launch, token, logits, row)
+    assert 0 <= token < 100
 
 
 @_BOTH

@@ -10,12 +10,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from opta_lmx.inference.worker.sampler_rows import RowGroup, RowTable
+from opta_lmx.inference.worker.sampler_rows import RowGroup, RowTable, in_single_precision
 
 # Neighbouring columns that are looked at together first; the best of 8, 16 and 32 for a top-k of 40 of 4,096 columns.
 _BLOCK = 8
-# The largest number below 1 in single precision.
-_BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 # A draw has so many different values.
 _DRAWS = 2**53
 
@@ -59,7 +57,7 @@ def _choose_few(logits: mx.array, group: RowGroup, draws: npt.NDArray[np.float64
     if group.has_min_p:
         keep = keep & (weights >= mx.array(group.min_p.astype(np.float32)))
     kept = mx.max(mx.where(keep, mass, 0.0), axis=-1, keepdims=True)
-    target = mx.array(np.minimum(draws, _BELOW_ONE).astype(np.float32)[:, None]) * kept
+    target = mx.array(in_single_precision(draws)) * kept
     rank = mx.sum(mass <= target, axis=-1, keepdims=True)
     chosen = mx.take_along_axis(at, mx.take_along_axis(order, rank, axis=-1), axis=-1)
     block = mx.take_along_axis(blocks, chosen // _BLOCK, axis=-1)

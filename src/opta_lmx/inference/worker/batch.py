@@ -77,7 +77,7 @@ class DecodeBatch:
         self._launched = None
         collected = list(self.sequences)
         staying = [at for at, sequence in enumerate(collected) if not sequence.is_at_last_token]
-        leaving = self._part_with(collected, staying) if len(staying) < len(collected) else []
+        leaving = self._let_go(staying) if len(staying) < len(collected) else []
         tokens = self._collect(launched, staying, self._admit())
         logits = launched.logits() if any(sequence.wants_logprobs for sequence in collected) else None
         for at, (sequence, token) in enumerate(zip(collected, tokens, strict=True)):
@@ -88,10 +88,12 @@ class DecodeBatch:
         prepare_processors(self._table)
         return collected
 
-    def _part_with(self, sequences: list[Sequence], staying: list[int]) -> list[tuple[Sequence, Caches]]:
-        """Take out all rows but ``staying``, whose last token is on its way: the next forward is not for them."""
-        gone = sorted(set(range(len(sequences))).difference(staying))
-        leaving = [(sequences[at], self._row_caches(at)) for at in gone] if self._on_end is not None else []
+    def _let_go(self, staying: list[int]) -> list[tuple[Sequence, Caches]]:
+        """Take out the rows whose last token is on its way, all but ``staying``: the next forward is not for them."""
+        leaving: list[tuple[Sequence, Caches]] = []
+        if self._on_end is not None:
+            last = [(at, sequence) for at, sequence in enumerate(self.sequences) if sequence.is_at_last_token]
+            leaving = [(sequence, self._row_caches(at)) for at, sequence in last]
         self._keep(staying)
         return leaving
 

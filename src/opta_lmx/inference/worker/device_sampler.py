@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from opta_lmx.inference.worker.sampler_rows import RowTable
+from opta_lmx.inference.worker.sampler_rows import RowTable, in_single_precision
 
 
 def sample_on_device(logits: mx.array, table: RowTable, draws: npt.NDArray[np.float64]) -> mx.array:
@@ -17,13 +17,13 @@ def sample_on_device(logits: mx.array, table: RowTable, draws: npt.NDArray[np.fl
         own = at[group.at]
         scale[own], top_p[own], min_p[own] = group.scale, group.top_p, group.min_p
         top_k[own] = np.minimum(group.top_k, size)
-    # Rounded to float32 a draw may become 1, which lies beyond every token.
-    below_one = np.minimum(draws, np.nextafter(np.float32(1), np.float32(0))).astype(np.float32)[:, None]
     weights = mx.exp((logits - mx.max(logits, axis=-1, keepdims=True)) * mx.array(scale))
     if table.truncates:
         # Rows that cut nothing off keep k at the whole vocabulary, and with it every weight.
         weights = _cut_on_device(weights, mx.array(top_k), mx.array(top_p), mx.array(min_p))
-    return mx.where(mx.array(_marks(rows, at)), _draw_on_device(weights, below_one), mx.argmax(logits, axis=-1))
+    return mx.where(
+        mx.array(_marks(rows, at)), _draw_on_device(weights, in_single_precision(draws)), mx.argmax(logits, axis=-1)
+    )
 
 
 def _cut_on_device(weights: mx.array, top_k: mx.array, top_p: mx.array, min_p: mx.array) -> mx.array:

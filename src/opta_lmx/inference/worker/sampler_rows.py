@@ -18,6 +18,15 @@ _FEW = 256
 _STEEPEST = 1e30
 
 
+# The largest number below 1 in single precision.
+_BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
+
+
+def in_single_precision(draws: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """``draws`` (rows,) as a column; one that would be rounded to 1, which lies beyond every token, stays below it."""
+    return np.minimum(draws, _BELOW_ONE).astype(np.float32)[:, None]
+
+
 class LogitsProcessor(Protocol):
     """Changes one row of logits in place before sampling. ``error`` ends the row's request with that reason."""
 
